@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Train a policy, a reward model and then the policy against that reward model, on this machine, in minutes.
+#   bash examples/scripts/quickstart.sh            SEED=n sets the seed, FRESH=1 trains anew
+# Stages that are finished are kept: started again, it goes on where it was, or shows the figures.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+seed=${SEED:-0}
+env_dir=${OPENRLHF_ENV:-$PWD/.venv}
+out=runs/quickstart/seed-$seed
+[ "${FRESH:-0}" = 1 ] && rm -rf "$out"
+
+bash "$here/setup_env.sh" "$env_dir"
+export PATH="$env_dir/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+mkdir -p "$out"
+
+engines=1
+python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)' || {
+  engines=0
+  echo "note: no vLLM for this Python and system; the policy generates itself"
+}
+
+# stage NAME COMMAND...: run once; the marker holds the seconds that it took.
+stage() {
+  local name=$1 start=$SECONDS
+  shift
+  if [ -f "$out/$name.done" ]; then
+    echo "== $name: done before"
+    return
+  fi
+  echo "== $name"
+  "$@"
+  echo $((SECONDS - start)) >"$out/$name.done"
+}
+
+stage task python "$here/quickstart_task.py" "$out/task" --seed "$seed"
+
+stage sft deepspeed --num_accelerators 2 --module openrlhf.cli.train_sft \
+  --pretrain "$out/task/model" \
+  --dataset "$out/task/sft_train.jsonl" \
+  --eval_dataset "$out/task/sft_eval.jsonl" \
+  --input_key prompt \
+  --output_key answer \
+  --apply_chat_template \
+  --max_len 64 \
+  --max_epochs 1 \
+  --train_batch_size 64 \
+  --micro_train_batch_size 32 \
+  --learning_rate 3e-3 \
+  --lr_warmup_ratio 0.06 \
+  --zero_stage 1 \
+  --eval_steps 20 \
+  --logging_steps 10 \
+  --seed "$seed" \
+  --ckpt_path "$out/sft_ckpt" \
+  --save_path "$out/sft"
+
+stage reward_model deepspeed --num_accelerators 2 --module openrlhf.cli.train_rm \
+  --pretrain "$out/sft" \
+  --dataset "$out/task/pairs_train.jsonl" \
+  --eval_dataset "$out/task/pairs_eval.jsonl" \
+  --prompt_key prompt \
+  --apply_chat_template \
+  --max_len 64 \
+  --max_epochs 2 \
+  --train_batch_size 64 \
+  --micro_train_batch_size 32 \
+  --learning_rate 1e-3 \
+  --lr_warmup_ratio 0.05 \
+  --zero_stage 1 \
+  --eval_steps 50 \
+  --logging_steps 10 \
+  --seed "$seed" \
+  --ckpt_path "$out/rm_ckpt" \
+  --save_path "$out/rm"
+
+stage ppo python -m openrlhf.cli.train_ppo_ray \
+  --pretrain "$out/sft" \
+  --reward_pretrain "$out/rm" \
+  --normalize_reward \
+  --prompt_data "$out/task/prompts_train.jsonl" \
+  --eval_dataset "$out/task/prompts_eval.jsonl" \
+  --input_key prompt \
+  --label_key label \
+  --apply_chat_template \
+  --eval_reward_func "$here/quickstart_reward.py" \
+  --eval_temperature 1 0 0.6 \
+  --eval_steps 20 \
+  --actor_num_gpus_per_node 1 \
+  --critic_num_gpus_per_node 1 \
+  --ref_num_gpus_per_node 1 \
+  --reward_num_gpus_per_node 1 \
+  --vllm_num_engines "$engines" \
+  --rollout_batch_size 256 \
+  --micro_rollout_batch_size 128 \
+  --train_batch_size 128 \
+  --micro_train_batch_size 64 \
+  --prompt_max_len 32 \
+  --generate_max_len 12 \
+  --actor_learning_rate 2e-4 \
+  --critic_learning_rate 1e-3 \
+  --init_kl_coef 0.2 \
+  --lambd 0.95 \
+  --zero_stage 1 \
+  --seed "$seed" \
+  --ckpt_path "$out/ppo_ckpt" \
+  --save_path "$out/ppo"
+
+python "$here/quickstart_result.py" "$out" --seed "$seed" --result runs/quickstart/result.json

@@ -1,0 +1,114 @@
+"""What this machine is: device, collective backend, thread counts, random state. The only file that asks."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from typing import Any
+
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+
+def device_type() -> str:
+    """Return ``"cuda"`` when a GPU is visible, else ``"cpu"``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backend() -> str:
+    """Return the torch.distributed backend of this machine: ``"nccl"`` or ``"gloo"``."""
+    return "nccl" if device_type() == "cuda" else "gloo"
+
+
+def current_device(local_rank: int = 0):
+    """Return the ``torch.device`` of this process and make it the current one."""
+    import torch
+
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cores() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_environment(processes: int) -> dict[str, str]:
+    """Return the environment that gives each of ``processes`` busy processes its share of the cores.
+
+    Threads wait passively: two spinning OpenMP pools on the same cores are many times slower than one.
+    """
+    return {"OMP_NUM_THREADS": str(max(1, cores() // max(1, processes))), **PASSIVE_WAITING}
+
+
+def configure_threads(processes: int | None = None) -> None:
+    """Set the thread count of this process; call it before torch is imported.
+
+    ``processes`` defaults to the ranks that the launcher started on this machine. An ``OMP_NUM_THREADS`` set by the
+    user wins.
+    """
+    if processes is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    for name, value in thread_environment(processes).items():
+        os.environ.setdefault(name, value)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of every random generator, loadable with ``torch.load(weights_only=True)``."""
+    import numpy
+    import torch
+
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if device_type() == "cuda" else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    import numpy
+    import torch
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def empty_cache() -> None:
+    """Give cached GPU memory back to the driver; does nothing on a CPU."""
+    import torch
+
+    if device_type() == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_memory_mib() -> int:
+    """Return the peak memory of this process in MiB: GPU memory on a GPU, resident memory on a CPU."""
+    import torch
+
+    if device_type() == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
