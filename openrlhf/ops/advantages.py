@@ -1,0 +1,103 @@
+"""Advantages: from token rewards through time, and from scores through their group.
+
+Time runs over actions only. Positions off the mask are skipped, so the state after an action is that of the next
+action even when another turn of a conversation lies between them. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
+    """Return generalised advantages and the returns that a critic learns.
+
+    ``delta_t = r_t + gamma * V_{t+1} - V_t``, ``A_t = delta_t + gamma * lambd * A_{t+1}``, ``R_t = A_t + V_t``; after
+    the last action both V and A are 0. Schulman et al. 2016, https://arxiv.org/abs/1506.02438.
+
+    Args:
+        values: ``(B, T)`` value of the state before each action.
+        rewards: ``(B, T)``.
+        mask: ``(B, T)`` true on actions.
+        gamma: discount an action.
+        lambd: 1 trusts the rewards, 0 trusts the values.
+
+    Returns:
+        advantages and returns, ``(B, T)`` float32, 0 off the actions.
+    """
+    mask = mask.bool()
+    values = torch.where(mask, values.float(), 0.0)
+    rewards = torch.where(mask, rewards.float(), 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = values.new_zeros(len(values))
+    next_advantage = next_value
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lambd * next_advantage
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+    return advantages, advantages + values
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return ``G_t = r_t + gamma * G_{t+1}`` over the actions, ``(B, T)`` float32, 0 off the actions."""
+    return gae(torch.zeros_like(rewards), rewards, mask, gamma, 1.0)[1]
+
+
+def none(scores: Tensor, n: int) -> Tensor:
+    """Return the scores as they are: no baseline."""
+    return scores
+
+
+@torch.no_grad()
+def rloo(scores: Tensor, n: int) -> Tensor:
+    """Return each score minus the mean of the others of its group (leave one out).
+
+    Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. ``scores`` (P * n,) hold the ``n`` answers of one prompt
+    next to each other.
+
+    Raises:
+        ValueError: ``n`` is below 2 or does not divide the number of scores.
+    """
+    groups = _groups(scores, n)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (n - 1)
+    return (groups - others).flatten().to(scores.dtype)
+
+
+@torch.no_grad()
+def reinforce_baseline(scores: Tensor, n: int) -> Tensor:
+    """Return each score minus the mean of its group, itself included. Layout and errors as :func:`rloo`."""
+    groups = _groups(scores, n)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten().to(scores.dtype)
+
+
+@torch.no_grad()
+def group_norm(scores: Tensor, n: int, eps: float = 1e-9) -> Tensor:
+    """Return ``(score - group mean) / (group standard deviation + eps)``, with the unbiased deviation.
+
+    GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300. A group of equal scores gives zeros. Layout and errors
+    as :func:`rloo`.
+    """
+    groups = _groups(scores, n)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + eps)).flatten().to(scores.dtype)
+
+
+def dr_grpo(scores: Tensor, n: int) -> Tensor:
+    """Return each score minus its group's mean, not divided by the deviation. Layout and errors as :func:`rloo`.
+
+    Liu et al. 2025, https://arxiv.org/abs/2503.20783.
+    """
+    return reinforce_baseline(scores, n)
+
+
+def _groups(scores: Tensor, n: int) -> Tensor:
+    """Return scores ``(P * n,)`` as ``(P, n)`` in float64, where the mean of equal scores is exactly that score."""
+    if n < 2:
+        raise ValueError(f"a group baseline needs at least 2 samples per prompt, not {n}")
+    if len(scores) % n:
+        raise ValueError(f"{len(scores)} scores do not divide into groups of {n}")
+    return scores.double().view(-1, n)

@@ -1,0 +1,145 @@
+"""Log-probabilities of given tokens without ever holding the ``(N, V)`` logits of a whole batch.
+
+``N`` token positions, ``H`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from openrlhf.ops.masking import masked_sum
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Return ``log softmax((hidden @ weight.T + bias) / temperature)[targets]`` as ``(N,)`` float32.
+
+    The matrix products stay in the input dtype, the soft-max is float32. Logits exist for ``chunk_size`` rows at a
+    time and are computed again in the backward, which also skips the rows whose gradient is zero.
+
+    Args:
+        hidden: ``(N, H)`` last hidden states.
+        weight: ``(V, H)`` of the language-model head, in the dtype of ``hidden``.
+        targets: ``(N,)`` int64 token ids.
+        bias: ``(V,)`` of the head, if it has one.
+        temperature: divides the logits.
+        chunk_size: rows of logits that exist at once.
+    """
+    return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size, False)[0]
+
+
+def token_log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`token_log_probs` and the entropy ``(N,)`` of each distribution in nats; the latter has no gradient."""
+    return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size, True)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """One autograd node for the whole head, so that ZeRO-3 gathers its weight once however many chunks there are."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, chunk_size, with_entropy):
+        log_sum_exp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty_like(log_sum_exp)
+        entropy = torch.empty_like(log_sum_exp) if with_entropy else log_sum_exp.new_empty(0)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = _scaled_logits(hidden[rows], weight, bias, temperature)
+            log_sum_exp[rows] = torch.logsumexp(logits, dim=-1)
+            log_probs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_sum_exp[rows]
+            if with_entropy:
+                entropy[rows] = _entropy_(logits, log_sum_exp[rows])
+        ctx.save_for_backward(hidden, targets, log_sum_exp)
+        # ZeRO-3 frees the storage after the forward and gathers it again into the same Parameter before the backward.
+        ctx.weight, ctx.bias = weight, bias
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_probs, _):
+        hidden, targets, log_sum_exp = ctx.saved_tensors
+        grads = _HeadGradients(ctx, hidden)
+        active = grad_log_probs.nonzero().squeeze(-1)
+        for rows in active.split(ctx.chunk_size):
+            chunk = hidden[rows]
+            grad_logits = _scaled_logits(chunk, ctx.weight, ctx.bias, ctx.temperature)
+            grad_logits.sub_(log_sum_exp[rows, None]).exp_()
+            grad_logits[torch.arange(len(rows), device=rows.device), targets[rows]] -= 1.0
+            grad_logits.mul_((grad_log_probs[rows] / -ctx.temperature)[:, None])
+            grads.add(rows, chunk, grad_logits)
+        grad_hidden, grad_weight, grad_bias = grads.in_dtype(hidden.dtype)
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+class _HeadGradients:
+    """The gradients of one backward of the head; those that nobody asked for stay ``None``."""
+
+    def __init__(self, ctx, hidden: Tensor):
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+        self.head = ctx.weight
+        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
+        self.weight = torch.zeros_like(ctx.weight, dtype=torch.float32) if needs_weight else None
+        self.bias = torch.zeros_like(ctx.bias, dtype=torch.float32) if needs_bias else None
+
+    def add(self, rows: Tensor, chunk: Tensor, grad_logits: Tensor) -> None:
+        """Add what ``grad_logits`` (rows, V) float32 of the hidden states ``chunk`` contributes."""
+        if self.bias is not None:
+            self.bias += grad_logits.sum(dim=0)
+        grad_logits = grad_logits.to(chunk.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = grad_logits @ self.head
+        if self.weight is not None and chunk.dtype == self.weight.dtype:
+            self.weight.addmm_(grad_logits.t(), chunk)
+        elif self.weight is not None:
+            self.weight += grad_logits.t() @ chunk
+
+    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden states, weight and bias; the last two, summed in float32, in ``dtype``."""
+        weight, bias = (None if grad is None else grad.to(dtype) for grad in (self.weight, self.bias))
+        return self.hidden, weight, bias
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """Return a fresh ``(rows, V)`` float32 tensor of logits over ``temperature``."""
+    logits = torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _entropy_(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """Return the entropy of each row of ``logits``, which is overwritten."""
+    return torch.special.entr(logits.sub_(log_sum_exp[..., None]).exp_()).sum(dim=-1)
+
+
+def log_probs_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the float32 log-probability of ``targets`` (...) under ``logits`` (..., V) over ``temperature``."""
+    logits = logits.float() / temperature
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Return the entropy (...) in nats of the distributions given by ``logits`` (..., V), in float32."""
+    return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
+
+
+def sequence_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return the log-probability ``(B,)`` of each row: the sum of ``log_probs`` (B, T) where ``mask`` is true."""
+    return masked_sum(log_probs, mask, dim=-1)
