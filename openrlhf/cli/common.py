@@ -1,0 +1,60 @@
+"""What every command does around its work: read flags, print the plan, turn an error into one message."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from openrlhf import device
+from openrlhf.config.arguments import parse
+from openrlhf.config.plan import plan_lines
+from openrlhf.errors import OpenRLHFError, Preempted, UsageError
+
+Plan = Callable[[Any, int], list[str]]
+
+
+def run(
+    config_class: type,
+    train: Callable[[Any], object],
+    prog: str,
+    plan: Plan = plan_lines,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line and call ``train(config)``; with ``--dry_run`` print ``plan(config, ranks)`` instead.
+
+    An :class:`OpenRLHFError` becomes one message on standard error and the exit status of its type. Nothing here
+    imports torch, so a wrong flag is reported at once.
+    """
+    device.configure_threads()
+    try:
+        config, dry_run = parse(config_class, list(sys.argv[1:] if argv is None else argv), prog)
+        if dry_run:
+            if _first_rank():
+                print("\n".join(plan(config, int(os.environ.get("WORLD_SIZE", "1")))))
+            return
+        train(config)
+    except OpenRLHFError as error:
+        fail(error, prog)
+    except KeyboardInterrupt:
+        fail(Preempted("interrupted"), prog)
+
+
+def fail(error: OpenRLHFError, prog: str) -> NoReturn:
+    """Print one message and end the process; a wrong flag is the same on every rank, so one rank prints it."""
+    if not isinstance(error, UsageError) or _first_rank():
+        print(_message(error, prog), file=sys.stderr, flush=True)
+    raise SystemExit(error.exit_code)
+
+
+def _message(error: OpenRLHFError, prog: str) -> str:
+    problems = error.problems if isinstance(error, UsageError) else [str(error)]
+    if len(problems) == 1:
+        return f"error: {problems[0]}"
+    head = f"error: {len(problems)} problems; {prog} --help lists the flags"
+    return "\n".join([head, *(f"  {line}" for line in problems)])
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

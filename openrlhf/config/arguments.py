@@ -1,0 +1,91 @@
+"""From a command line and a YAML file to a configuration, with every problem in one message.
+
+tyro prints the help. The reading is done here: a parser that stops at the first problem makes a user start a command
+as often as it has mistakes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields, is_dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from openrlhf.config.flag_status import gpu_present, no_effect_notices, not_yet_problems
+from openrlhf.config.flags import flag_table
+from openrlhf.config.help import print_help
+from openrlhf.config.reader import Reader
+from openrlhf.errors import UsageError
+
+SECRET_FLAGS = ("use_wandb",)
+
+
+def parse(config_class: Any, argv: list[str], prog: str) -> tuple[Any, bool]:
+    """Return ``(config, dry_run)`` of a command line.
+
+    ``--config run.yaml`` supplies what the command line does not give. ``--help`` prints the help and exits 0. What
+    deserves a word but is no problem is printed to standard error, by rank 0.
+
+    Raises:
+        UsageError: with every problem, each naming its flag and the fix.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help(config_class, prog)
+        raise SystemExit(0)
+    table = flag_table(config_class)
+    reader = Reader(table)
+    given, dry_run = reader.read(argv)
+    values = {name: entry.default for name, entry in table.items()} | given
+    notices = _resolve(values, config_class.run_prefix)
+    config = _build(config_class(), values)
+    defaults = {name: entry.default for name, entry in table.items()}
+    found = _ask(config, "problems") + not_yet_problems(values, defaults, dry_run)
+    problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
+    if problems:
+        raise UsageError(problems)
+    notices += _ask(config, "notices") + no_effect_notices(values, set(given), gpu_present())
+    if os.environ.get("RANK", "0") == "0":
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+    return config, dry_run
+
+
+def to_flat_dict(config: Any) -> dict[str, Any]:
+    """Return flag -> value of a configuration, fit for a log or a file: lists for tuples, API keys masked."""
+    command: Any = type(config)
+    flat = {name: entry.value(config) for name, entry in flag_table(command).items()}
+    for name in SECRET_FLAGS:
+        if flat.get(name) is not None:
+            flat[name] = "***"
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
+    """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
+    values["run_path"] = values["run_path"] or values["save_path"].rstrip("/") + "_run"
+    values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
+    template = values["input_template"] or None
+    notices = []
+    if template and "{}" not in template:
+        notices.append(f"--input_template {template!r} has no {{}} for the prompt and is not used")
+        template = None
+    if template and "\\n" in template:
+        notices.append("--input_template holds a backslash and an n, not a line break: in bash write $'...\\n...'")
+    values["input_template"] = template
+    return notices
+
+
+def _build(config: Any, values: dict[str, Any]) -> Any:
+    """Return ``config`` with the values of its flags, group by group."""
+    changes = {}
+    for item in fields(config):
+        old = getattr(config, item.name)
+        changes[item.name] = _build(old, values) if is_dataclass(old) else values[item.name]
+    return replace(config, **changes)
+
+
+def _ask(config: Any, question: str) -> list[str]:
+    """Return the answers of a command and its groups to ``problems`` or ``notices``."""
+    groups = [getattr(config, item.name) for item in fields(config)]
+    return [line for part in (config, *groups) if hasattr(part, question) for line in getattr(part, question)()]

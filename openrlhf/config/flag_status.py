@@ -1,0 +1,107 @@
+"""The flags that do not do everything yet: two tables, shown in ``--help`` and checked when a flag is set.
+
+A flag that stands in neither table works. NOT_YET flags are errors when set to something that would need them;
+NO_EFFECT_HERE flags are accepted and explained in one printed line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """What a flag cannot do yet.
+
+    Attributes:
+        why: one sentence for the user.
+        asks: whether a value asks for it; by default every value but the default does.
+        dry_run: whether ``--dry_run`` is an error too.
+    """
+
+    why: str
+    asks: Callable[[Any], bool] | None = None
+    dry_run: bool = True
+
+    def asked(self, value: Any, default: Any) -> bool:
+        return self.asks(value) if self.asks else value != default
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Why a flag does nothing: ``where(values by flag, gpu)`` says when; by default always."""
+
+    why: str
+    where: Callable[[dict[str, Any], bool], bool] = lambda values, gpu: True
+
+
+def _http(urls: str | None) -> bool:
+    return any(url.strip().startswith(("http://", "https://")) for url in (urls or "").split(","))
+
+
+def _on_cpu(values: dict[str, Any], gpu: bool) -> bool:
+    return not gpu
+
+
+_LORA = "adapters are not built yet; train every weight with --lora_rank 0"
+_RING = "ring attention is not built yet; leave it at 1"
+
+NOT_YET = {
+    "lora_rank": NotYet(_LORA),
+    "load_in_4bit": NotYet("4-bit loading is not built yet; leave it out"),
+    "ring_attn_size": NotYet(_RING),
+    "ring_head_stride": NotYet(_RING),
+    "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
+    "use_ms": NotYet("loading from ModelScope is not built yet; use a local folder or a hub name", dry_run=False),
+    "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
+    "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
+    "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
+}
+
+NO_EFFECT_HERE = {
+    "actor_init_on_gpu": NoEffect("every model is loaded straight to its device"),
+    "perf": NoEffect("the time of each phase is always recorded"),
+    "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
+    "overlap_comm": NoEffect("it needs --zero_stage 2 or 3", lambda values, gpu: values["zero_stage"] < 2),
+    "vllm_sync_backend": NoEffect("without a GPU weights travel without nccl", _on_cpu),
+    "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
+    "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
+    "ref_reward_offload": NoEffect("without a GPU models are in main memory already", _on_cpu),
+    "flash_attn": NoEffect("without a GPU attention is our own or torch's", _on_cpu),
+    "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),
+}
+
+
+def status(name: str) -> str:
+    """Return the status of a flag for ``--help``: empty when it simply works."""
+    if name in NOT_YET:
+        return f"Not yet: {NOT_YET[name].why}."
+    if name in NO_EFFECT_HERE:
+        return f"May have no effect: {NO_EFFECT_HERE[name].why}."
+    return ""
+
+
+def gpu_present() -> bool:
+    """Whether this machine shows a GPU driver; asked before torch may be imported."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
+def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any], dry_run: bool) -> list[str]:
+    """Return one problem for each flag that asks for something not built yet."""
+    return [
+        f"--{name}: {entry.why}"
+        for name, entry in NOT_YET.items()
+        if name in values and entry.asked(values[name], defaults[name]) and (entry.dry_run or not dry_run)
+    ]
+
+
+def no_effect_notices(values: dict[str, Any], given: set[str], gpu: bool) -> list[str]:
+    """Return one line for each flag that the user gave and that does nothing on this machine."""
+    return [
+        f"--{name} has no effect here: {entry.why}"
+        for name, entry in NO_EFFECT_HERE.items()
+        if name in given and values[name] is not False and entry.where(values, gpu)
+    ]

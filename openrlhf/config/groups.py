@@ -1,0 +1,276 @@
+"""The flag groups that commands share, and the configurations of the supervised commands.
+
+A group is a frozen dataclass, a flag is one of its fields. A command composes groups and overrides only the defaults
+that are its own. ``problems()`` of a group or command returns what is wrong across its flags, one sentence each.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from openrlhf.config.flags import flag
+
+# The schedules of transformers.get_scheduler that need nothing but warm-up and total steps; the minimum of
+# cosine_with_min_lr is a tenth of the peak.
+SCHEDULERS = (
+    "cosine_with_min_lr",
+    "cosine",
+    "cosine_with_restarts",
+    "linear",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+EVERYTHING = 100_000_000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model."""
+
+    pretrain: str | None = flag(None, "Model to train: a local folder or a hub name.")
+    bf16: bool = flag(False, "Train bf16 weights with fp32 master weights; without it weights are fp32.")
+    disable_fast_tokenizer: bool = flag(False, "Load the slow tokenizer.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing_use_reentrant: bool = flag(False, "Use the reentrant variant of checkpointing.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with the model folder.")
+    aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
+    use_ms: bool = flag(False, "Load models and data sets from ModelScope.")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA and 4-bit loading."""
+
+    load_in_4bit: bool = flag(False, "Load the base weights as 4-bit NF4 (QLoRA).")
+    lora_rank: int = flag(0, "Rank of the adapters; 0 trains every weight.", at_least=0)
+    lora_alpha: int = flag(16, "Scale of the adapters; read with --lora_rank.", at_least=1)
+    target_modules: tuple[str, ...] = flag(("all-linear",), "Modules that get adapters; read with --lora_rank.")
+    lora_dropout: float = flag(0.0, "Dropout of the adapters; read with --lora_rank.", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention and packing."""
+
+    flash_attn: bool = flag(False, "Use FlashAttention.")
+    packing_samples: bool = flag(False, "Insist on computing without padding: an error where the model cannot.")
+    ring_attn_size: int = flag(1, "Ranks that share one sequence (ring attention).", at_least=1)
+    ring_head_stride: int = flag(1, "Attention heads per ring pass.", at_least=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer."""
+
+    learning_rate: float = flag(5e-6, "Peak learning rate.", at_least=0)
+    lr_warmup_ratio: float = flag(0.03, "Share of the optimizer steps used for warm-up.", at_least=0, at_most=1)
+    lr_scheduler: str = flag("cosine_with_min_lr", "Learning-rate schedule.", choices=SCHEDULERS)
+    l2: float = flag(0.0, "Weight decay; biases and norm weights have none.", at_least=0)
+    adam_betas: tuple[float, float] = flag((0.9, 0.95), "Adam's two decay rates.", at_least=0, at_most=1)
+    max_norm: float = flag(1.0, "Gradient clipping norm; 0 does not clip.", at_least=0)
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """DeepSpeed."""
+
+    zero_stage: int = flag(2, "ZeRO stage: what is sharded over the ranks.", choices=(0, 1, 2, 3))
+    zpg: int = flag(1, "Ranks of the ZeRO++ secondary partition.", at_least=1)
+    adam_offload: bool = flag(False, "Keep optimizer states in main memory.")
+    grad_accum_dtype: str | None = flag(None, "Type of accumulated gradients.", choices=("fp32", "bf16", "fp16"))
+    overlap_comm: bool = flag(False, "Reduce gradients while the backward pass runs.")
+    local_rank: int = flag(-1, "Set by the DeepSpeed launcher; -1 reads LOCAL_RANK.")
+    collective_timeout: int = flag(600, "Seconds that a rank waits for the others before it gives up.", at_least=1)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batches and epochs."""
+
+    micro_train_batch_size: int = flag(8, "Samples per rank in one forward pass (reward model: pairs).", at_least=1)
+    train_batch_size: int = flag(128, "Samples of one optimizer step over all ranks.", at_least=1)
+    max_epochs: int = flag(1, "Passes over the data (PPO: over each rollout batch).", at_least=1)
+    seed: int = flag(42, "Seed of order, mixing and sampling.", at_least=0)
+
+    def problems(self) -> list[str]:
+        if self.micro_train_batch_size <= self.train_batch_size:
+            return []
+        return [
+            f"--micro_train_batch_size {self.micro_train_batch_size} is larger than --train_batch_size "
+            f"{self.train_batch_size}: a step cannot be smaller than one forward pass; lower the first"
+        ]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    dataset: str | None = flag(None, "Data sets, separated by commas: hub names, folders, or files.")
+    dataset_probs: str = flag("1.0", "Mixing probability of each data set, separated by commas.")
+    eval_dataset: str | None = flag(None, "Data set to evaluate on; default is --eval_split of --dataset.")
+    train_split: str = flag("train", "Split to train on.")
+    eval_split: str = flag("test", "Split to evaluate on.")
+    max_samples: int = flag(EVERYTHING, "Most rows used of each data set, and of the mixture.", at_least=1)
+    max_len: int = flag(2048, "Most tokens of a sample.", at_least=2)
+    input_template: str | None = flag(None, "Template with one {} for the prompt; '' means none.")
+    apply_chat_template: bool = flag(False, "Use the chat template of the tokenizer.")
+    tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
+
+    def problems(self) -> list[str]:
+        if self.dataset is None:
+            return ["--dataset is missing: name a folder, a .jsonl file, or a hub data set"]
+        return probability_problems("dataset", self.dataset, "dataset_probs", self.dataset_probs)
+
+
+@dataclass(frozen=True)
+class SFTDataConfig(DataConfig):
+    """Data."""
+
+    input_template: str | None = flag("User: {}\nAssistant: ", "Template with one {} for the prompt; '' means none.")
+    input_key: str = flag("input", "Column of the prompt, the conversation, or the raw text.")
+    output_key: str | None = flag(None, "Column of the answer; default is the last message of --input_key.")
+    multiturn: bool = flag(False, "Train on every assistant turn of a conversation.")
+    pretrain_mode: bool = flag(False, "Train on every token of the raw text.")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.multiturn and not self.apply_chat_template:
+            found.append("--multiturn needs --apply_chat_template: the turns are found through the template; add it")
+        if self.multiturn and self.pretrain_mode:
+            found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing")
+        return found
+
+
+@dataclass(frozen=True)
+class PreferenceDataConfig(DataConfig):
+    """Data."""
+
+    max_len: int = flag(512, "Most tokens of a sample.", at_least=2)
+    prompt_key: str | None = flag(None, "Column of the prompt; default: the two answers hold everything.")
+    chosen_key: str = flag("chosen", "Column of the preferred answer.")
+    rejected_key: str = flag("rejected", "Column of the other answer.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints and export."""
+
+    save_path: str = flag("./ckpt", "Folder of the final Hugging Face model.")
+    save_steps: int = flag(-1, "Checkpoint every N optimizer steps (PPO: rollout steps); -1 never.", at_least=-1)
+    ckpt_path: str = flag("./ckpt/checkpoints", "Folder of checkpoints to resume from.")
+    max_ckpt_num: int = flag(3, "Most checkpoints kept.", at_least=1)
+    max_ckpt_mem: int = flag(EVERYTHING, "Most gigabytes of checkpoints kept.", at_least=1)
+    load_checkpoint: bool = flag(False, "Resume from the latest whole checkpoint in --ckpt_path.")
+    save_hf_ckpt: bool = flag(False, "Write a Hugging Face model beside each checkpoint.")
+    disable_ds_ckpt: bool = flag(False, "Do not write the part of a checkpoint that training resumes from.")
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.save_steps == 0:
+            found.append("--save_steps 0 is not a cadence: use -1 for never, or a positive number")
+        if self.disable_ds_ckpt and self.save_steps > 0 and not self.save_hf_ckpt:
+            found.append("--disable_ds_ckpt leaves nothing to write at --save_steps: add --save_hf_ckpt")
+        return found
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging."""
+
+    logging_steps: int = flag(1, "Log every N optimizer steps (PPO: rollout steps).", at_least=1)
+    eval_steps: int = flag(-1, "Evaluate every N steps; -1 once an epoch.", at_least=-1)
+    use_wandb: str | None = flag(None, "Log to Weights & Biases: an API key, or True when already logged in.")
+    wandb_org: str | None = flag(None, "W&B entity.")
+    wandb_group: str | None = flag(None, "W&B group.")
+    wandb_project: str = flag("openrlhf", "W&B project.")
+    wandb_run_name: str | None = flag(None, "Name of the run; default is the command and the time.")
+    use_tensorboard: str | None = flag(None, "Folder for TensorBoard; used when W&B is off.")
+    run_path: str | None = flag(None, "Folder of metrics, samples, report and log; default is <save_path>_run.")
+
+    def problems(self) -> list[str]:
+        if self.eval_steps:
+            return []
+        return ["--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number"]
+
+
+def probability_problems(spec_flag: str, spec: str, probs_flag: str, probs: str) -> list[str]:
+    """Return what is wrong with a comma-separated list of mixing probabilities."""
+    names, values = spec.split(","), probs.split(",")
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return [f"--{probs_flag} {probs!r} is not a list of numbers: write for example 0.5,0.5"]
+    if len(names) != len(numbers):
+        return [f"--{probs_flag} has {len(numbers)} values for the {len(names)} data sets of --{spec_flag}"]
+    if min(numbers) < 0 or sum(numbers) <= 0:
+        return [f"--{probs_flag} {probs!r}: probabilities are not negative, and not all zero"]
+    if abs(sum(numbers) - 1.0) > 1e-6:
+        return [f"--{probs_flag} {probs!r}: the probabilities add up to {sum(numbers):g}, they must add up to 1"]
+    return []
+
+
+def file_problems(name: str, path: str | None) -> list[str]:
+    """Return the problem of a file that is not there; None is no file."""
+    return [] if path is None or os.path.isfile(path) else [f"--{name} {path}: there is no such file"]
+
+
+def missing_model(pretrain: str | None) -> list[str]:
+    """Return the problem of a command without ``--pretrain``."""
+    return [] if pretrain else ["--pretrain is missing: name the folder or hub name of the model to train"]
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning.
+
+    Train a language model on prompts and answers.
+    """
+
+    run_prefix: ClassVar[str] = "sft"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(max_epochs=2))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_sft"))
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_sft"))
+
+    def problems(self) -> list[str]:
+        return missing_model(self.model.pretrain)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Reward model training.
+
+    Train a scalar model on pairs of a preferred and another answer.
+    """
+
+    run_prefix: ClassVar[str] = "rm"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    value_head_prefix: str = flag("score", "Name of the scalar head; the one in config.json wins.")
+    compute_fp32_loss: bool = flag(False, "Compute the loss in fp32.")
+    margin_loss: bool = flag(False, "Subtract the margin column of the data in the loss.")
+    loss: str = flag("sigmoid", "sigmoid, or anything else for the log-exp loss.")
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(micro_train_batch_size=1))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=9e-6))
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_rm"))
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_rm"))
+
+    def problems(self) -> list[str]:
+        return missing_model(self.model.pretrain)
+
+    def notices(self) -> list[str]:
+        if self.loss in ("sigmoid", "logexp"):
+            return []
+        return [f"--loss {self.loss}: every name but sigmoid means the log-exp loss"]

@@ -1,0 +1,296 @@
+"""The flag groups of PPO, and the one configuration that every PPO program reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from openrlhf.config.algorithms import ESTIMATORS, Estimator
+from openrlhf.config.flags import flag
+from openrlhf.config.groups import (
+    EVERYTHING,
+    AttentionConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LoggingConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimConfig,
+    file_problems,
+    missing_model,
+    probability_problems,
+)
+
+
+@dataclass(frozen=True)
+class PPOModelConfig(ModelConfig):
+    """Models."""
+
+    reward_pretrain: str | None = flag(None, "Reward models, separated by commas.")
+    critic_pretrain: str | None = flag(None, "Start of the critic; default is a reward model, else --pretrain.")
+    value_head_prefix: str = flag("score", "Name of the scalar head; the one in config.json wins.")
+
+    @property
+    def reward_models(self) -> list[str]:
+        """The reward model folders or hub names."""
+        return [path.strip() for path in (self.reward_pretrain or "").split(",") if path.strip()]
+
+
+@dataclass(frozen=True)
+class PPOOptimConfig:
+    """Optimizers."""
+
+    actor_learning_rate: float = flag(1e-6, "Peak learning rate of the actor.", at_least=0)
+    critic_learning_rate: float = flag(9e-6, "Peak learning rate of the critic.", at_least=0)
+    lr_warmup_ratio: float = flag(0.03, "Share of the optimizer steps used for warm-up.", at_least=0, at_most=1)
+    l2: float = flag(0.0, "Weight decay; biases and norm weights have none.", at_least=0)
+    adam_betas: tuple[float, float] = flag((0.9, 0.95), "Adam's two decay rates.", at_least=0, at_most=1)
+    max_norm: float = flag(1.0, "Gradient clipping norm; 0 does not clip.", at_least=0)
+
+    @property
+    def actor(self) -> OptimConfig:
+        """The optimizer settings of the actor."""
+        return OptimConfig(
+            learning_rate=self.actor_learning_rate,
+            lr_warmup_ratio=self.lr_warmup_ratio,
+            l2=self.l2,
+            adam_betas=self.adam_betas,
+            max_norm=self.max_norm,
+        )
+
+    @property
+    def critic(self) -> OptimConfig:
+        """The optimizer settings of the critic."""
+        return replace(self.actor, learning_rate=self.critic_learning_rate)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Rollouts."""
+
+    num_episodes: int = flag(1, "Passes over the prompts.", at_least=1)
+    rollout_batch_size: int = flag(1024, "Prompts of one rollout step over all ranks.", at_least=1)
+    micro_rollout_batch_size: int = flag(8, "Samples per forward pass when scoring rollouts.", at_least=1)
+    n_samples_per_prompt: int = flag(1, "Answers sampled for each prompt.", at_least=1)
+    prompt_max_len: int = flag(1024, "Most tokens of a prompt.", at_least=1)
+    generate_max_len: int = flag(1024, "Most new tokens of an answer.", at_least=1)
+    max_len: int | None = flag(None, "Most tokens of prompt and answer; default is the sum of the two.", at_least=2)
+    temperature: float = flag(1.0, "Sampling temperature.", above=0)
+    top_p: float = flag(1.0, "Nucleus sampling: mass of the tokens sampled from.", above=0, at_most=1)
+
+    @property
+    def samples(self) -> int:
+        """Answers of one rollout step over all ranks."""
+        return self.rollout_batch_size * self.n_samples_per_prompt
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a generation engine must have room for."""
+        return self.max_len or self.prompt_max_len + self.generate_max_len
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Rewards."""
+
+    remote_rm_url: str | None = flag(None, "A .py file with reward_func(queries, prompts, labels), or endpoints.")
+    normalize_reward: bool = flag(False, "Normalise with the mean and std stored in the reward model's config.json.")
+    reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Lowest and highest reward of a sample.")
+    label_key: str | None = flag(None, "Column of the reference answer that reward functions get.")
+    ref_reward_offload: bool = flag(False, "Keep reference and reward models in main memory between uses.")
+
+    @property
+    def reward_file(self) -> str | None:
+        """The python reward file, or None."""
+        first = (self.remote_rm_url or "").split(",")[0].strip()
+        return first if first.endswith(".py") else None
+
+    def problems(self) -> list[str]:
+        low, high = self.reward_clip_range
+        found = file_problems("remote_rm_url", self.reward_file)
+        if low >= high:
+            found.append(f"--reward_clip_range {low:g} {high:g}: the first must be below the second")
+        urls = [url.strip() for url in (self.remote_rm_url or "").split(",")]
+        if self.reward_file and len(urls) > 1:
+            found.append(f"--remote_rm_url {self.remote_rm_url}: a python file stands alone; call the others from it")
+        elif self.remote_rm_url and not self.reward_file and not all("://" in url for url in urls):
+            found.append(
+                f"--remote_rm_url {self.remote_rm_url} is neither a .py file nor a URL: write http://HOST:PORT"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Algorithm."""
+
+    advantage_estimator: str = flag("gae", "How advantages are estimated.", choices=ESTIMATORS)
+    gamma: float = flag(1.0, "Discount.", at_least=0, at_most=1)
+    lambd: float = flag(1.0, "Lambda of GAE.", at_least=0, at_most=1)
+    eps_clip: float = flag(0.2, "Clip range of the policy ratio.", above=0)
+    value_clip: float = flag(0.2, "Clip range of the value update.", above=0)
+    init_kl_coef: float = flag(0.01, "Weight of the KL penalty; with --kl_target where it starts.", at_least=0)
+    kl_target: float | None = flag(None, "Adapt the KL weight towards this KL.", above=0)
+    use_kl_estimator_k3: bool = flag(False, "Estimate the KL with k3, which is never negative.")
+    ptx_coef: float = flag(0.05, "Weight of the language-model loss on --pretrain_data.", at_least=0)
+    enable_ema: bool = flag(False, "Keep an exponential moving average of the actor and save it instead.")
+    ema_beta: float = flag(0.992, "Decay of the moving average.", above=0, at_most=1)
+    freezing_actor_steps: int = flag(-1, "Train only the critic for this many steps.", at_least=-1)
+
+    @property
+    def estimator(self) -> Estimator:
+        """The facts of the advantage estimator."""
+        return ESTIMATORS[self.advantage_estimator]
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Placement on the cluster."""
+
+    actor_num_nodes: int = flag(1, "Nodes of the actor.", at_least=1)
+    actor_num_gpus_per_node: int = flag(8, "Device slots per node of the actor.", at_least=1)
+    critic_num_nodes: int = flag(1, "Nodes of the critic.", at_least=1)
+    critic_num_gpus_per_node: int = flag(8, "Device slots per node of the critic.", at_least=1)
+    ref_num_nodes: int = flag(1, "Nodes of the reference model.", at_least=1)
+    ref_num_gpus_per_node: int = flag(8, "Device slots per node of the reference model.", at_least=1)
+    reward_num_nodes: int = flag(1, "Nodes of each reward model.", at_least=1)
+    reward_num_gpus_per_node: int = flag(8, "Device slots per node of each reward model.", at_least=1)
+    colocate_actor_ref: bool = flag(False, "Actor and reference share devices.")
+    colocate_critic_reward: bool = flag(False, "Critic and reward models share devices.")
+    colocate_all_models: bool = flag(False, "All models and the vLLM engines share devices.")
+
+
+@dataclass(frozen=True)
+class VLLMConfig:
+    """vLLM engines."""
+
+    vllm_num_engines: int | None = flag(None, "vLLM engines; unset or 0: the policy generates.", at_least=0)
+    vllm_tensor_parallel_size: int = flag(1, "Devices of one engine.", at_least=1)
+    vllm_sync_backend: str = flag("nccl", "How weights travel to the engines.", choices=("nccl", "gloo"))
+    vllm_sync_with_ray: bool = flag(False, "Send weights through Ray's collective group.")
+    enable_prefix_caching: bool = flag(False, "Reuse the work on shared prompts; emptied at every weight sync.")
+    enforce_eager: bool = flag(False, "Do not compile the engine: starts faster, generates slower.")
+    vllm_enable_sleep: bool = flag(False, "Free the memory of the engines while training.")
+    vllm_gpu_memory_utilization: float = flag(0.9, "Share of GPU memory that an engine may use.", above=0, at_most=1)
+    sync_tolerance: float | None = flag(
+        None, "Largest mean gap of engine and trainer log-probs; default 1e-3 in fp32, 0.1 in bf16.", above=0
+    )
+
+    @property
+    def engines(self) -> int:
+        """The number of vLLM engines; 0 means that the policy generates."""
+        return self.vllm_num_engines or 0
+
+
+@dataclass(frozen=True)
+class PromptDataConfig:
+    """Prompts."""
+
+    prompt_data: str | None = flag(None, "Prompt data sets, separated by commas.")
+    prompt_data_probs: str = flag("1.0", "Mixing probability of each prompt data set, separated by commas.")
+    prompt_split: str = flag("train", "Split of the prompts.")
+    max_samples: int = flag(EVERYTHING, "Most rows used of each data set, and of the mixture.", at_least=1)
+    input_key: str = flag("input", "Column of the prompt or the conversation.")
+    input_template: str | None = flag(None, "Template with one {} for the prompt; '' means none.")
+    apply_chat_template: bool = flag(False, "Use the chat template of the tokenizer.")
+    tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
+    pretrain_data: str | None = flag(None, "Texts of the language-model loss of PPO-ptx.")
+    pretrain_data_probs: str = flag("1.0", "Mixing probability of each text data set, separated by commas.")
+    pretrain_split: str = flag("train", "Split of the texts.")
+
+    def problems(self) -> list[str]:
+        if self.prompt_data is None:
+            return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
+        return probability_problems("prompt_data", self.prompt_data, "prompt_data_probs", self.prompt_data_probs)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    eval_dataset: str | None = flag(None, "Prompts to evaluate on; default is no evaluation.")
+    eval_split: str = flag("test", "Split of the evaluation prompts.")
+    eval_temperature: tuple[float, ...] = flag((1.0,), "Temperatures to evaluate at; 0 is greedy.", at_least=0)
+    eval_n_samples_per_prompt: int = flag(1, "Answers for each evaluation prompt.", at_least=1)
+    eval_reward_func: str | None = flag(None, "A .py file that scores rollouts and evaluation for the log only.")
+
+    def problems(self) -> list[str]:
+        path = self.eval_reward_func
+        if path and not path.endswith(".py"):
+            return [f"--eval_reward_func {path} is not a .py file: name one"]
+        return file_problems("eval_reward_func", path)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO.
+
+    Train a policy against reward models with PPO or a relative of it.
+    """
+
+    run_prefix: ClassVar[str] = "ppo"
+    model: PPOModelConfig = field(default_factory=PPOModelConfig)
+    prompts: PromptDataConfig = field(default_factory=PromptDataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(micro_train_batch_size=4))
+    optim: PPOOptimConfig = field(default_factory=PPOOptimConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(
+        default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_ppo_ray")
+    )
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_ppo"))
+    save_value_network: bool = flag(False, "Also export the critic to <save_path>_critic.")
+    actor_init_on_gpu: bool = flag(False, "Move the actor to its GPU before DeepSpeed starts.")
+    perf: bool = flag(False, "Record the time of each phase.")
+
+    @property
+    def critic_source(self) -> str | None:
+        """Where the critic starts from; None when the estimator needs none."""
+        if not self.algorithm.estimator.needs_critic:
+            return None
+        first = None if self.reward.remote_rm_url else next(iter(self.model.reward_models), None)
+        return self.model.critic_pretrain or first or self.model.pretrain
+
+    def problems(self) -> list[str]:
+        found = missing_model(self.model.pretrain)
+        samples, estimator = self.rollout.n_samples_per_prompt, self.algorithm
+        if estimator.estimator.needs_group and samples < 2:
+            name = estimator.advantage_estimator
+            found.append(
+                f"--advantage_estimator {name} compares answers to one prompt: "
+                f"--n_samples_per_prompt must be above 1, it is {samples}"
+            )
+        if estimator.freezing_actor_steps > 0 and not estimator.estimator.needs_critic:
+            found.append(
+                f"--freezing_actor_steps trains only the critic, and {estimator.advantage_estimator} has none: "
+                "leave it out, or use --advantage_estimator gae"
+            )
+        if not self.model.reward_models and not self.reward.remote_rm_url:
+            found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:
+            found.append("--zero_stage 3 cannot generate with the policy: set --vllm_num_engines, or use stage 2")
+        if self.rollout.max_len and self.rollout.max_len <= self.rollout.prompt_max_len:
+            found.append(
+                f"--max_len {self.rollout.max_len} leaves no room for an answer after --prompt_max_len "
+                f"{self.rollout.prompt_max_len}: raise the first or lower the second"
+            )
+        return found
+
+    def notices(self) -> list[str]:
+        samples, step = self.rollout.samples, self.batch.train_batch_size
+        found = []
+        if samples < step:
+            found.append(
+                f"--train_batch_size {step} is more than the {samples} answers of a rollout: a step takes all"
+            )
+        if self.save_value_network and not self.algorithm.estimator.needs_critic:
+            found.append(f"--save_value_network: {self.algorithm.advantage_estimator} has no critic to save")
+        return found

@@ -1,0 +1,94 @@
+"""Flags that are not built yet, and flags that do nothing on this machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from openrlhf.config.arguments import parse
+from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, no_effect_notices, status
+from openrlhf.config.flags import flag_table
+from openrlhf.config.groups import RewardModelConfig, SFTConfig
+from openrlhf.config.help import print_help
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import UsageError
+
+SFT = ["--pretrain", "model", "--dataset", "rows.jsonl"]
+PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
+ASKED = {
+    "lora_rank": ["8"],
+    "load_in_4bit": [],
+    "ring_attn_size": ["2"],
+    "ring_head_stride": ["2"],
+    "aux_loss_coef": ["0.01"],
+    "use_ms": [],
+    "pretrain_data": ["texts.jsonl"],
+    "remote_rm_url": ["http://localhost:5000/get_reward"],
+    "vllm_tensor_parallel_size": ["2"],
+}
+
+
+def test_every_listed_flag_exists():
+    known = {name for command in (SFTConfig, RewardModelConfig, PPOConfig) for name in flag_table(command)}
+    assert set(NOT_YET) | set(NO_EFFECT_HERE) <= known
+    assert set(ASKED) == set(NOT_YET)
+    assert not set(NOT_YET) & set(NO_EFFECT_HERE)
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_a_flag_that_is_not_built_yet_is_an_error(name):
+    with pytest.raises(UsageError) as caught:
+        parse(PPOConfig, [*PPO, f"--{name}", *ASKED[name]], "train_ppo_ray")
+    assert caught.value.problems == [f"--{name}: {NOT_YET[name].why}"]
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_YET if name != "use_ms"])
+def test_a_dry_run_refuses_it_too(name):
+    with pytest.raises(UsageError):
+        parse(PPOConfig, [*PPO, "--dry_run", f"--{name}", *ASKED[name]], "train_ppo_ray")
+
+
+def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
+    assert parse(SFTConfig, [*SFT, "--use_ms", "--dry_run"], "train_sft")[1]
+
+
+def test_the_default_of_such_a_flag_may_be_written():
+    words = ["--lora_rank", "0", "--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
+    assert parse(SFTConfig, [*SFT, *words], "train_sft")[0].lora.lora_alpha == 32
+
+
+def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text("", encoding="utf-8")
+    config = parse(PPOConfig, [*PPO, "--remote_rm_url", str(path)], "train_ppo_ray")[0]
+    assert config.reward.reward_file == str(path)
+    assert config.critic_source == "model"
+
+
+def test_help_shows_the_status_of_a_flag(capsys):
+    print_help(PPOConfig, "train_ppo_ray")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (*NOT_YET, *NO_EFFECT_HERE):
+        assert status(name) in text, name
+
+
+def test_a_flag_without_a_note_simply_works():
+    assert status("learning_rate") == ""
+
+
+def test_one_line_for_each_flag_without_effect(monkeypatch, capsys):
+    monkeypatch.setattr("openrlhf.config.arguments.gpu_present", lambda: False)
+    parse(PPOConfig, [*PPO, "--vllm_enable_sleep", "--perf", "--overlap_comm"], "train_ppo_ray")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["--perf", "--vllm_enable_sleep"]
+
+
+def test_the_backend_is_told_only_when_it_was_asked_for():
+    values = {"vllm_sync_backend": "nccl"}
+    assert no_effect_notices(values, set(), gpu=False) == []
+    assert len(no_effect_notices(values, {"vllm_sync_backend"}, gpu=False)) == 1
+    assert no_effect_notices(values, {"vllm_sync_backend"}, gpu=True) == []
+
+
+def test_overlap_has_no_effect_below_stage_two():
+    assert no_effect_notices({"zero_stage": 1, "overlap_comm": True}, {"overlap_comm"}, gpu=True)
+    assert not no_effect_notices({"zero_stage": 2, "overlap_comm": True}, {"overlap_comm"}, gpu=True)

@@ -1,0 +1,51 @@
+"""The plan that --dry_run prints."""
+
+from __future__ import annotations
+
+from openrlhf.config.arguments import parse
+from openrlhf.config.groups import SFTConfig
+from openrlhf.config.plan import plan_lines
+from openrlhf.config.ppo import PPOConfig
+
+SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--train_batch_size", "20", "--micro_train_batch_size", "4"]
+PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "a,b", "--rollout_batch_size", "16"]
+
+
+def plan(config_class, words, *arguments, **options):
+    return "\n".join(plan_lines(parse(config_class, words, "prog")[0], *arguments, **options))
+
+
+def test_changed_settings_come_first_and_the_rest_last():
+    text = plan(SFTConfig, SFT, 1)
+    marks = ["train_batch_size = 20", "plan:", "by default:", "seed=42"]
+    assert sorted(marks, key=text.index) == marks
+
+
+def test_a_step_is_cut_over_ranks_and_micro_batches():
+    assert "20 samples = 2 ranks x 3 micro-batches of at most 4" in plan(SFTConfig, SFT, 2)
+
+
+def test_steps_are_counted_when_the_rows_are_known():
+    assert "50 rows: 3 steps an epoch, 6 steps in 2 epochs" in plan(SFTConfig, SFT, 1, rows=50)
+    assert "follows from the data" in plan(SFTConfig, SFT, 1)
+
+
+def test_a_rollout_step_says_answers_updates_and_rewards():
+    words = [*PPO, "--n_samples_per_prompt", "4", "--train_batch_size", "48", "--vllm_num_engines", "2"]
+    text = plan(PPOConfig, words, 2, rows=40)
+    assert "16 prompts x 4 answers = 64 answers of at most 1024 tokens, from 2 vLLM engines" in text
+    assert "then 2 optimizer steps x 1 epoch\n  2 ranks" in text
+    assert "gae, critic from a" in text and "reward: a + b" in text
+    assert "40 prompts x 1 episode: 3 rollout steps" in text
+
+
+def test_an_estimator_without_a_critic_says_so():
+    assert "reinforce, no critic" in plan(PPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
+
+
+def test_placement_lines_are_shown_as_given():
+    assert "devices:\n  slot 0: actor, ref" in plan(PPOConfig, PPO, 1, placement=["slot 0: actor, ref"])
+
+
+def test_the_plan_never_shows_an_api_key():
+    assert "0123456789" not in plan(SFTConfig, [*SFT, "--use_wandb", "0123456789"], 1)

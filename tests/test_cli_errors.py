@@ -1,0 +1,249 @@
+"""Wrong command lines: all problems in one message, each with its flag and the fix; heavy libraries stay out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from openrlhf.cli.common import run
+from openrlhf.config.arguments import parse
+from openrlhf.config.groups import RewardModelConfig, SFTConfig
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import DataError, InfraError, NumericError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+GOOD = {
+    "train_sft": "--pretrain m --dataset d",
+    "train_rm": "--pretrain m --dataset d",
+    "train_ppo_ray": "--pretrain m --prompt_data d --reward_pretrain r",
+}
+WRONG = [
+    ("train_sft", "--learning_rat 1", "unknown flag --learning_rat: did you mean --learning_rate?"),
+    ("train_sft", "--learning-rate 1", "unknown flag --learning-rate: did you mean --learning_rate?"),
+    ("train_sft", "--zero_stge=2", "unknown flag --zero_stge: did you mean --zero_stage?"),
+    ("train_sft", "--dryrun", "unknown flag --dryrun: did you mean --dry_run?"),
+    ("train_sft", "--BF16", "unknown flag --BF16: did you mean --bf16?"),
+    ("train_sft", "--micro_train", "unknown flag --micro_train: did you mean --micro_train_batch_size?"),
+    ("train_sft", "--qqqqqq 1", "unknown flag --qqqqqq: see --help for the flags of this command"),
+    ("train_sft", "--no-bf16", "unknown flag --no-bf16"),
+    ("train_sft", "--seed ten", "--seed takes a whole number, got 'ten'"),
+    ("train_sft", "--seed 1.5", "--seed takes a whole number, got '1.5'"),
+    ("train_sft", "--seed -1", "--seed must be at least 0, got -1"),
+    ("train_sft", "--learning_rate fast", "--learning_rate takes a number, got 'fast'"),
+    ("train_sft", "--learning_rate nan", "--learning_rate takes a number, got 'nan'"),
+    ("train_sft", "--learning_rate inf", "--learning_rate must be finite"),
+    ("train_sft", "--learning_rate -1e-5", "--learning_rate must be at least 0, got -1e-05"),
+    ("train_sft", "--learning_rate", "--learning_rate takes one value, got none"),
+    ("train_sft", "--adam_betas 0.9", "--adam_betas takes 2 values, got 1: 0.9"),
+    ("train_sft", "--adam_betas 0.9 1.5", "--adam_betas must be at most 1, got 1.5"),
+    ("train_sft", "--target_modules", "--target_modules takes one value or more, got none"),
+    ("train_sft", "--dataset a b", "--dataset takes one value, got 2: a b"),
+    ("train_sft", "--bf16 yes", "--bf16 is a switch and takes no value, got: yes"),
+    ("train_sft", "--zero_stage 4", "--zero_stage must be one of 0, 1, 2, 3, got '4'"),
+    ("train_sft", "--lr_scheduler cosin", "--lr_scheduler must be one of cosine_with_min_lr, cosine,"),
+    ("train_sft", "--grad_accum_dtype int8", "--grad_accum_dtype must be one of fp32, bf16, fp16"),
+    ("train_sft", "--train_batch_size 0", "--train_batch_size must be at least 1, got 0"),
+    ("train_sft", "--train_batch_size 4", "--micro_train_batch_size 8 is larger than --train_batch_size 4"),
+    ("train_sft", "--multiturn", "--multiturn needs --apply_chat_template"),
+    ("train_sft", "--multiturn --apply_chat_template --pretrain_mode", "--multiturn and --pretrain_mode exclude"),
+    ("train_sft", "--dataset a,b", "--dataset_probs has 1 values for the 2 data sets of --dataset"),
+    ("train_sft", "--dataset_probs half", "--dataset_probs 'half' is not a list of numbers"),
+    ("train_sft", "--dataset a,b --dataset_probs=-1,2", "probabilities are not negative"),
+    ("train_sft", "--save_steps 0", "--save_steps 0 is not a cadence: use -1 for never"),
+    ("train_sft", "--eval_steps 0", "--eval_steps 0 is not a cadence"),
+    ("train_sft", "--save_steps 5 --disable_ds_ckpt", "--disable_ds_ckpt leaves nothing to write at --save_steps"),
+    ("train_sft", "--dry_run yes", "--dry_run is a switch and takes no value, got: yes"),
+    ("train_sft", "--config", "--config takes one YAML file"),
+    ("train_sft", "--lora_rank 8", "--lora_rank: adapters are not built yet"),
+    ("train_rm", "--multiturn", "unknown flag --multiturn"),
+    ("train_rm", "--max_len 1", "--max_len must be at least 2, got 1"),
+    ("train_ppo_ray", "--advantage_estimator grpo", "must be one of gae, reinforce, rloo, got 'grpo'"),
+    ("train_ppo_ray", "--advantage_estimator rloo", "--n_samples_per_prompt must be above 1, it is 1"),
+    ("train_ppo_ray", "--advantage_estimator reinforce --freezing_actor_steps 5", "and reinforce has none"),
+    ("train_ppo_ray", "--reward_clip_range 10 -10", "--reward_clip_range 10 -10: the first must be below the second"),
+    ("train_ppo_ray", "--reward_clip_range -10", "--reward_clip_range takes 2 values, got 1: -10"),
+    ("train_ppo_ray", "--temperature 0", "--temperature must be above 0, got 0"),
+    ("train_ppo_ray", "--top_p 1.5", "--top_p must be at most 1, got 1.5"),
+    ("train_ppo_ray", "--eval_temperature -1", "--eval_temperature must be at least 0, got -1"),
+    ("train_ppo_ray", "--vllm_num_engines -1", "--vllm_num_engines must be at least 0, got -1"),
+    ("train_ppo_ray", "--vllm_sync_backend mpi", "--vllm_sync_backend must be one of nccl, gloo, got 'mpi'"),
+    ("train_ppo_ray", "--zero_stage 3", "--zero_stage 3 cannot generate with the policy: set --vllm_num_engines"),
+    ("train_ppo_ray", "--max_len 100", "--max_len 100 leaves no room for an answer after --prompt_max_len 1024"),
+    ("train_ppo_ray", "--remote_rm_url localhost:5000", "is neither a .py file nor a URL"),
+    ("train_ppo_ray", "--remote_rm_url nowhere.py", "--remote_rm_url nowhere.py: there is no such file"),
+    ("train_ppo_ray", "--eval_reward_func check.sh", "--eval_reward_func check.sh is not a .py file"),
+    ("train_ppo_ray", "--eval_reward_func nowhere.py", "--eval_reward_func nowhere.py: there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("command", "words", "expected"), WRONG, ids=[f"{row[0]} {row[1]}" for row in WRONG])
+def test_a_wrong_command_line_names_flag_and_fix(command, words, expected):
+    with pytest.raises(UsageError) as caught:
+        parse(COMMANDS[command], [*GOOD[command].split(), *words.split()], command)
+    assert len(caught.value.problems) == 1
+    assert expected in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("train_sft", ["--pretrain", "--dataset"]), ("train_rm", ["--pretrain", "--dataset"])],
+)
+def test_required_flags_are_named_together(command, missing):
+    with pytest.raises(UsageError) as caught:
+        parse(COMMANDS[command], [], command)
+    assert [problem.split()[0] for problem in caught.value.problems] == missing
+
+
+def test_ppo_without_any_flag_names_model_prompts_and_reward():
+    with pytest.raises(UsageError) as caught:
+        parse(PPOConfig, [], "train_ppo_ray")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    assert all(name in text for name in ("--pretrain", "--prompt_data", "--reward_pretrain"))
+
+
+def test_all_problems_come_in_one_message():
+    words = (
+        "stray --pretran m --seed ten --bf16 maybe --advantage_estimator rloo --lora_rank 4 --reward_clip_range 3 1"
+    )
+    with pytest.raises(UsageError) as caught:
+        parse(PPOConfig, words.split(), "train_ppo_ray")
+    text = str(caught.value)
+    for part in ("'stray'", "--pretran:", "--seed", "--bf16", "--n_samples_per_prompt", "--reward_clip_range"):
+        assert part in text
+    assert "--lora_rank" in text and "--prompt_data is missing" in text
+    assert "--pretrain is missing" not in text
+
+
+def test_a_flag_that_could_not_be_read_is_not_judged_again():
+    words = [*GOOD["train_ppo_ray"].split(), "--advantage_estimator", "rloo", "--n_samples_per_prompt", "four"]
+    with pytest.raises(UsageError) as caught:
+        parse(PPOConfig, words, "train_ppo_ray")
+    assert caught.value.problems == ["--n_samples_per_prompt takes a whole number, got 'four'"]
+
+
+def outcome(train, *words, monkeypatch=None):
+    with pytest.raises(SystemExit) as stop:
+        run(SFTConfig, train, "train_sft", argv=[*GOOD["train_sft"].split(), *words])
+    return stop.value.code
+
+
+@pytest.mark.parametrize("error", [UsageError("u"), DataError("d"), InfraError("i"), NumericError("n")])
+def test_an_error_of_ours_is_one_message_and_its_exit_status(error, capsys):
+    def train(config):
+        raise error
+
+    assert outcome(train) == error.exit_code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_ends_without_a_traceback(capsys):
+    def train(config):
+        raise KeyboardInterrupt
+
+    assert outcome(train) == 143
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_several_problems_are_a_list(capsys):
+    assert outcome(lambda config: None, "--seed", "x", "--max_len", "y") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 problems; train_sft --help lists the flags",
+        "  --seed takes a whole number, got 'x'",
+        "  --max_len takes a whole number, got 'y'",
+    ]
+
+
+def test_only_the_first_rank_prints_a_usage_error(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert outcome(lambda config: None, "--seed", "x") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_every_rank_prints_its_own_data_error(monkeypatch, capsys):
+    def train(config):
+        raise DataError("row 7 is empty")
+
+    monkeypatch.setenv("RANK", "1")
+    assert outcome(train) == 3
+    assert "row 7 is empty" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    def train(config):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(SFTConfig, train, "train_sft", argv=GOOD["train_sft"].split())
+
+
+def test_a_good_command_line_trains_with_its_configuration():
+    seen = []
+    run(SFTConfig, seen.append, "train_sft", argv=[*GOOD["train_sft"].split(), "--seed", "7"])
+    assert seen[0].batch.seed == 7
+
+
+def test_a_dry_run_prints_the_plan_and_does_not_train(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run(SFTConfig, seen.append, "train_sft", argv=[*GOOD["train_sft"].split(), "--dry_run"])
+    assert seen == [] and "2 ranks x 8 micro-batches of at most 8" in capsys.readouterr().out
+
+
+def test_a_command_may_bring_its_own_plan(capsys):
+    words = [*GOOD["train_sft"].split(), "--dry_run"]
+    run(SFTConfig, print, "train_sft", plan=lambda config, ranks: [f"{ranks} of mine"], argv=words)
+    assert capsys.readouterr().out == "1 of mine\n"
+
+
+SPY = """
+import runpy, sys
+command = sys.argv[1]
+sys.argv = [command, *sys.argv[2:]]
+code = 0
+try:
+    runpy.run_module("openrlhf.cli." + command, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code or 0
+heavy = {"torch", "ray", "vllm", "transformers", "deepspeed", "datasets", "wandb", "matplotlib"} & set(sys.modules)
+print("heavy:", sorted(heavy), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def spy(command, *words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, command, *words], env=environment, capture_output=True, text=True, timeout=60
+    )
+    return done, time.monotonic() - started
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_imports_nothing_heavy(command):
+    done, seconds = spy(command, "--help")
+    assert done.returncode == 0 and "--pretrain STR" in done.stdout
+    assert "heavy: []" in done.stderr
+    assert seconds < 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flag_error_is_quick_and_imports_nothing_heavy(command):
+    done, seconds = spy(command, "--pretran", "m")
+    assert done.returncode == 2 and "did you mean --pretrain?" in done.stderr
+    assert "heavy: []" in done.stderr and "Traceback" not in done.stderr
+    assert seconds < 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_dry_run_loads_nothing_and_ends_with_zero(command):
+    done, _ = spy(command, *GOOD[command].split(), "--dry_run", "--local_rank=0")
+    assert done.returncode == 0 and "plan:" in done.stdout
+    assert "heavy: []" in done.stderr

@@ -1,0 +1,101 @@
+"""Every command against the flags of OpenRLHF 0.5.9: names, types, defaults, choices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from openrlhf.config.flags import flag_table
+from openrlhf.config.groups import RewardModelConfig, SFTConfig
+from openrlhf.config.help import print_help
+from openrlhf.config.ppo import PPOConfig
+
+SEED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text(encoding="utf-8"))
+COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+KINDS = {"int": int, "float": float, "str": str, None: bool}
+
+# (flag, what, OpenRLHF's, ours): why
+DEVIATIONS = {
+    ("zero_stage", "choices", None, (0, 1, 2, 3)): "DeepSpeed knows these stages",
+    ("grad_accum_dtype", "choices", None, ("fp32", "bf16", "fp16")): "DeepSpeed knows these types",
+    ("vllm_sync_backend", "choices", None, ("nccl", "gloo")): "the two backends of OpenRLHF's help",
+    ("lr_scheduler", "choices", None, "schedules"): "OpenRLHF fails later on a name it cannot use",
+}
+EXTRA = {
+    "train_sft": {"trust_remote_code", "eval_dataset", "collective_timeout", "run_path"},
+    "train_rm": {
+        *("trust_remote_code", "eval_dataset", "collective_timeout", "run_path"),
+        *("lr_scheduler", "save_hf_ckpt", "disable_ds_ckpt"),
+    },
+    "train_ppo_ray": {
+        *("trust_remote_code", "collective_timeout", "run_path", "tokenizer_chat_template", "label_key", "ema_beta"),
+        *("sync_tolerance", "ring_attn_size", "ring_head_stride", "eval_dataset", "eval_split", "eval_temperature"),
+        *("eval_n_samples_per_prompt", "eval_reward_func"),
+    },
+}
+ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]
+IDS = [f"{command}{row['flag']}" for command, row in ROWS]
+
+
+def ours(command, row):
+    return flag_table(COMMANDS[command])[row["flag"].removeprefix("--")]
+
+
+def plain(value):
+    """One way to write a default: a tuple of one is its value, lists are tuples."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values[0] if len(values) == 1 else values
+
+
+@pytest.mark.parametrize(("command", "row"), ROWS, ids=IDS)
+def test_a_flag_has_the_type_of_openrlhf(command, row):
+    flag = ours(command, row)
+    assert flag.kind is KINDS[row["type"]]
+    assert flag.count == {None: 0 if row["action"] else 1, 2: 2, "*": -1}[row.get("nargs")]
+
+
+@pytest.mark.parametrize(("command", "row"), ROWS, ids=IDS)
+def test_a_flag_has_the_default_of_openrlhf(command, row):
+    default = ours(command, row).default
+    assert plain(default) == plain(row["default"])
+    assert ours(command, row).optional == (row["default"] is None or row["flag"] == "--input_template")
+    if row["type"] == "int" and default is not None:
+        assert isinstance(default, int)
+
+
+@pytest.mark.parametrize(("command", "row"), ROWS, ids=IDS)
+def test_a_flag_takes_the_values_of_openrlhf(command, row):
+    flag = ours(command, row)
+    choices = flag.metadata["choices"]
+    if flag.name == "lr_scheduler":
+        choices = "schedules" if choices else None
+    if choices != (row["choices"] and tuple(row["choices"])):
+        assert (flag.name, "choices", row["choices"], choices) in DEVIATIONS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_beyond_openrlhf_are_listed(command):
+    assert set(flag_table(COMMANDS[command])) - {row["flag"][2:] for row in SEED[command]} == EXTRA[command]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_sentence_of_help(command):
+    for flag in flag_table(COMMANDS[command]).values():
+        assert flag.metadata["help"].endswith("."), flag.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_flag_once_and_no_negations(command, capsys):
+    print_help(COMMANDS[command], command)
+    words = capsys.readouterr().out.replace("│", " ").split()
+    for name in flag_table(COMMANDS[command]):
+        assert f"--{name}" in words
+    assert "--config" in words and "--dry_run" in words
+    assert not [word for word in words if word.startswith(("--no-", "--no_"))]
+
+
+def test_the_old_spelling_of_the_value_head_is_hidden(capsys):
+    print_help(RewardModelConfig, "train_rm")
+    assert "value_prefix_head" not in capsys.readouterr().out
