@@ -1,0 +1,153 @@
+"""Data files on this machine: which of them hold a split, and whether every row can be read.
+
+JSON rows are checked one by one before ``datasets`` sees the file, because only here the file, the line and the flag
+to set are known together.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from openrlhf.errors import DataError
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+def format_of(path: Path) -> str | None:
+    """Return the loader for a file by its extension (``.gz`` aside), or None when it is not a data file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return kind if kind in ("json", "csv") else None
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def split_name(path: Path) -> str:
+    """Return the name of a data file without its extensions and shard number: the split it may hold."""
+    name = path.name.removesuffix(".gz")
+    return SHARD.sub("", name.rsplit(".", 1)[0])
+
+
+def data_files(folder: Path, kind: str | None = None) -> dict[str, list[Path]]:
+    """Return the data files of ``folder`` and its ``data`` subfolder by split name; ``kind`` keeps one format."""
+    found: dict[str, list[Path]] = {}
+    for place in (folder, folder / "data"):
+        for path in sorted(place.iterdir()) if place.is_dir() else []:
+            if path.is_file() and format_of(path) and kind in (None, format_of(path)):
+                found.setdefault(split_name(path), []).append(path)
+    return found
+
+
+def files_of_split(named: Mapping[str, list[Path]], split: str, folder: Path) -> list[Path]:
+    """Return the files that hold ``split``: ``train.jsonl``, else ``train-*`` / ``train_*``, else one ``*_train``.
+
+    Raises:
+        DataError: several files end in the name of the split, so that none of them is meant alone.
+    """
+    if split in named:
+        return named[split]
+    begins = [path for name, paths in named.items() if re.match(re.escape(split) + r"[-_.]", name) for path in paths]
+    if begins:
+        return begins
+    ends = [name for name in named if re.search(r"[-_.]" + re.escape(split) + "$", name)]
+    if len(ends) > 1:
+        raise DataError(f"{folder}: the split {split!r} could be {', '.join(ends)}; give the file itself")
+    return named[ends[0]] if ends else []
+
+
+def check_file(path: Path, required: Mapping[str, str]) -> None:
+    """Read a JSON or CSV file once and raise on the first row that training could not use.
+
+    Args:
+        path: the data file; other formats carry their own schema and are checked after loading.
+        required: key that every row must have -> flag that chooses the key.
+
+    Raises:
+        DataError: starts with ``file:line:``.
+    """
+    kind = format_of(path)
+    if kind == "json":
+        _check_rows(path, required)
+    elif kind == "csv":
+        with _open(path) as handle:
+            header = next(csv.reader(line.decode("utf-8-sig", "replace") for line in handle), [])
+        check_keys(header, required, f"{path}:1")
+
+
+def check_keys(keys: Any, required: Mapping[str, str], where: str) -> None:
+    """Raise :class:`DataError` when a required key is not among ``keys``; names what is there and the flag to set."""
+    for key, flag in required.items():
+        if key not in keys:
+            there = ", ".join(map(str, keys)) or "nothing"
+            raise DataError(f"{where}: no key {key!r}; found: {there}; set {flag} to the key that holds it")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _check_rows(path: Path, required: Mapping[str, str]) -> None:
+    first_types: dict[str, tuple[str, str]] = {}
+    for where, row in _json_rows(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}: {_excerpt(str(row))}")
+        check_keys(row, required, where)
+        for key in required:
+            _check_type(key, row[key], where, first_types)
+
+
+def _check_type(key: str, value: Any, where: str, first_types: dict[str, tuple[str, str]]) -> None:
+    """A column has one type: the table format behind ``datasets`` refuses mixtures without saying where."""
+    if value is None:
+        return
+    kind = "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
+    first_kind, first_where = first_types.setdefault(key, (kind, where))
+    if kind != first_kind:
+        raise DataError(f"{where}: {key!r} is a {kind} here and a {first_kind} in {first_where}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ``("file:line", value)`` of a file of JSON lines, or ``("file: item n", value)`` of one JSON list."""
+    with _open(path) as handle:
+        for number, raw in enumerate(handle, 1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if number == 1 and raw.lstrip().startswith(b"["):
+                rest = raw + handle.read()
+                items = _parse(rest, f"{path}")
+                yield from ((f"{path}: item {index}", item) for index, item in enumerate(items))
+                return
+            if raw.strip():
+                yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}): {_excerpt(repr(raw))}") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half of a surrogate pair (\\ud...) is not text: {_excerpt(text)}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: bad JSON at column {error.colno} ({error.msg}): {_excerpt(text)}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: bad JSON ({error}): {_excerpt(text)}") from error
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _excerpt(text: str, width: int = 80) -> str:
+    text = text.strip()
+    return text if len(text) <= width else text[:width] + "..."

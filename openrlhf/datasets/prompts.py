@@ -1,0 +1,114 @@
+"""Prompts for reinforcement learning and for generation."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from openrlhf.datasets import templates
+from openrlhf.datasets.rows import account, numbered_batches, row_name
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the policy reads it.
+
+    Attributes:
+        uid: identifies the row in its data set, e.g. ``"12"``.
+        text: the prompt with its template applied.
+        token_ids: ``text`` tokenised, cut to the prompt length.
+        label: the reference answer for reward functions; ``""`` when the data has none.
+        source: name of the data source.
+    """
+
+    uid: str
+    text: str
+    token_ids: tuple[int, ...]
+    label: str = ""
+    source: str = "default"
+
+
+class PromptDataset:
+    """Prompts with their template applied, tokenised, and cut on the right at ``prompt_max_len``.
+
+    The ``uid`` of a prompt is the number of its row, whatever other rows are left out.
+
+    Args:
+        rows: a ``datasets.Dataset`` or a list of dictionaries. A column ``datasource`` names the source of a row.
+        tokenizer: a Hugging Face tokenizer.
+        prompts_cfg: ``input_key``, ``input_template``, ``apply_chat_template``.
+        prompt_max_len: tokens kept of a prompt.
+        label_key: key of the reference answer, or None.
+
+    Attributes:
+        dropped: ``Counter`` of rows left out, by reason.
+        truncated: number of prompts cut at ``prompt_max_len``.
+
+    Raises:
+        DataError: a key is missing, a value has the wrong type, no prompt is left.
+    """
+
+    def __init__(self, rows: Any, tokenizer: Any, prompts_cfg: Any, prompt_max_len: int, label_key: str | None = None):
+        self.dropped: Counter[str] = Counter()
+        self.truncated = 0
+        self._prompts: list[tuple[int, str, array, str, str]] = []
+        render = templates.Renderer(tokenizer, prompts_cfg.input_template, prompts_cfg.apply_chat_template)
+        required = {prompts_cfg.input_key: "--input_key"}
+        if label_key:
+            required[label_key] = "--label_key"
+        for batch in numbered_batches(rows, required):
+            usable = [(number, row) for number, row in batch if not templates.is_blank(row[prompts_cfg.input_key])]
+            self.dropped["empty prompt"] += len(batch) - len(usable)
+            texts = [render.prompt(row[prompts_cfg.input_key], row_name(number)) for number, row in usable]
+            for (number, row), text, ids in zip(usable, texts, templates.tokenize(tokenizer, texts), strict=True):
+                self.truncated += len(ids) > prompt_max_len
+                label = label_text(row[label_key]) if label_key else ""
+                source = str(row.get("datasource") or "default")
+                self._prompts.append((number, text, array("i", ids[:prompt_max_len]), label, source))
+        self.dropped = +self.dropped
+        account("prompts", len(self), self.dropped, {f"cut at --prompt_max_len {prompt_max_len}": self.truncated})
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        number, text, ids, label, source = self._prompts[index]
+        return Prompt(str(number), text, tuple(ids), label, source)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+
+def label_text(value: Any) -> str:
+    """Return a reference answer as text: strings as they are, None as ``""``, other values as JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def preprocess_data(
+    data: dict,
+    input_template: str | None = None,
+    input_key: str = "input",
+    apply_chat_template: Callable[..., str] | None = None,
+    label_key: str | None = None,
+) -> str | tuple[str, str]:
+    """Return the prompt text of one row, with ``label_key`` ``(prompt text, label)``. OpenRLHF's public signature.
+
+    Args:
+        data: the row.
+        input_template: python format with one ``{}``, used without a chat template.
+        apply_chat_template: ``tokenizer.apply_chat_template``.
+    """
+    value = data[input_key]
+    if apply_chat_template:
+        messages = templates.as_messages(value, "user", "the row")
+        prompt = apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = templates.as_text(value, "the row")
+        prompt = templates.fill_template(input_template, text) if input_template else text
+    return (prompt, label_text(data[label_key])) if label_key else prompt

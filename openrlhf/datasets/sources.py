@@ -1,0 +1,114 @@
+"""One source of rows: a local file, a folder, a data set saved to disk, or one of the hub.
+
+An entry of ``--dataset a,b`` is a data file (json, jsonl, csv, parquet, arrow), a folder (``save_to_disk``, or files
+named after their split), ``type@folder`` (``json@./data`` reads ``train.jsonl`` and ``test.jsonl``) or a hub name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openrlhf.datasets.local_files import FORMATS, check_file, check_keys, data_files, files_of_split, format_of
+from openrlhf.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+OPTIONAL_COLUMNS = ("margin", "datasource")
+
+
+def load_split(
+    entry: str, split: str, *, flag: str, required: Mapping[str, str], or_only_split: bool = False
+) -> Dataset | None:
+    """Return one split of one source, or None when it is not there.
+
+    Args:
+        or_only_split: a source with a single split gives that one whatever its name; no such split is then an error.
+    """
+    splits = _open_source(entry, split, flag, required)
+    rows = splits.get(split)
+    if rows is None and or_only_split:
+        if len(splits) != 1:
+            there = ", ".join(sorted(splits)) or "none"
+            raise DataError(f"{flag} {entry}: no split {split!r}; splits there: {there}")
+        rows = next(iter(splits.values()))
+    if rows is None:
+        return None
+    if len(rows) == 0:
+        raise DataError(f"{flag} {entry}: the split {split!r} has no rows")
+    check_keys(rows.column_names, required, f"{flag} {entry}")
+    keep = [name for name in rows.column_names if name in required or name in OPTIONAL_COLUMNS]
+    return rows.select_columns(keep) if required else rows
+
+
+def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str]) -> dict[str, Any]:
+    """Return ``{split name: rows}`` of one entry; of a folder with several splits only ``split`` is read."""
+    text, _, data_dir = entry.partition("@")
+    path = Path(text).expanduser()
+    if data_dir and text.removeprefix(".") in {*FORMATS.values(), "jsonl"}:
+        return _open_folder(_existing(Path(data_dir).expanduser(), flag), FORMATS[f".{text}"], split, required)
+    if data_dir and path.is_dir():
+        path = path / data_dir
+    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
+        raise DataError(f"{flag} {entry}: data set scripts are not run; save the rows as .jsonl or .parquet instead")
+    if format_of(path):
+        return {"train": _load_files(format_of(path), [_existing(path, flag)], required)}
+    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        return _as_splits(_call_datasets("load_from_disk", entry, str(path)))
+    if path.is_dir() and data_files(path):
+        return _open_folder(path, None, split, required)
+    if text.startswith((".", "/", "~")):
+        _existing(path, flag)
+    return _as_splits(_call_datasets("load_dataset", entry, text, data_dir=data_dir or None))
+
+
+def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[str, str]) -> dict[str, Any]:
+    named = data_files(folder, kind)
+    if not named:
+        raise DataError(f"{folder}: no {kind or 'data'} files in this folder")
+    paths = files_of_split(named, split, folder)
+    if not paths and len(named) == 1:
+        split, paths = next(iter(named.items()))
+    if not paths:
+        return dict.fromkeys(named)
+    kinds = {format_of(path) for path in paths}
+    if len(kinds) > 1:
+        raise DataError(f"{folder}: the split {split!r} is there as {' and '.join(sorted(map(str, kinds)))}; keep one")
+    return {split: _load_files(kinds.pop(), paths, required)}
+
+
+def _load_files(kind: str | None, paths: list[Path], required: Mapping[str, str]) -> Dataset:
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty")
+        check_file(path, required)
+    names = [str(path) for path in paths]
+    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train")
+
+
+def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:
+    """Call ``datasets.<function>``; what goes wrong inside becomes a :class:`DataError` that names the entry."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return getattr(datasets, function)(*args, **kwargs)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{entry}: cannot be loaded: {reason[0]}") from error
+
+
+def _as_splits(loaded: Any) -> dict[str, Any]:
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _existing(path: Path, flag: str) -> Path:
+    if path.exists():
+        return path
+    siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; perhaps you meant {path.parent / close[0]}" if close else ""
+    raise DataError(f"{flag} {path}: no such file or folder{hint}")
