@@ -1,0 +1,127 @@
+"""PPO on Ray: every model in a group of DeepSpeed workers of its own, vLLM engines beside them or none.
+
+    python -m openrlhf.cli.train_ppo_ray --pretrain SFT --reward_pretrain RM --prompt_data FILE --input_key prompt \\
+        --actor_num_gpus_per_node 1 --critic_num_gpus_per_node 1 --ref_num_gpus_per_node 1 --reward_num_gpus_per_node 1
+
+Joins the Ray cluster that is there, else starts one on this machine. Writes the policy to ``--save_path``, and
+metrics, samples, report and log to ``--run_path``. The loop is in ``openrlhf/trainer/ppo``; here is only the wiring.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from openrlhf.cli.common import run
+from openrlhf.config.plan import plan_lines
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import Preempted
+from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.trainer.setup import Run, open_run
+
+RESERVE_S = 120.0
+"""How long to wait for the devices of a cluster."""
+
+
+def plan(config: PPOConfig, _: int) -> list[str]:
+    """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
+    placement = Placement.from_config(config)
+    return plan_lines(config, placement.role("actor").workers, placement=placement.describe())
+
+
+def train(config: PPOConfig) -> None:
+    """Train as ``config`` says. Raises the errors of :mod:`openrlhf.errors`."""
+    placement = Placement.from_config(config)
+    with open_run(config, "train_ppo_ray") as opened:
+        _train(config, placement, opened)
+
+
+def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
+    from openrlhf.ray.cluster import connect, disconnect
+    from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run, start_up_lines
+
+    inputs = Inputs(config)
+    resource = connect(placement.slots)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        opened.say("starting the workers")
+        roles, engine, weight_sync = _start(config, placement, resource, inputs.optimizer_steps)
+        opened.say(*start_up_lines(config, opened, inputs, roles, placement.describe()))
+        build_loop(config, opened, inputs, roles, engine, weight_sync).fit()
+        finish_run(config, opened, roles)
+    finally:
+        disconnect()
+
+
+def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: int) -> tuple[Any, Any, Any]:
+    """Start all workers and engines at once and return the roles, the engine and the weight sync."""
+    from openrlhf.ray.group import RayGroup, Watch
+    from openrlhf.ray.slots import reserve
+    from openrlhf.ray.weight_sync import RayWeightSync
+    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
+    from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+
+    slots = reserve(placement, resource, RESERVE_S)
+    watch = Watch(config.deepspeed.collective_timeout)
+    groups = {role.name: RayGroup.start(role.name, slots[role.name], watch) for role in placement.roles}
+    remote = _for_workers(config)
+    pending = groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
+    if "critic" in groups:
+        pending += groups["critic"].setup(CriticWorker, remote, max_steps=max_steps)
+    if "ref" in groups:
+        pending += groups["ref"].setup(ReferenceWorker, remote)
+    for role, path in zip(placement.rewards, remote.model.reward_models, strict=True):
+        pending += groups[role.name].setup(RewardWorker, remote, path=path)
+    rewards = [groups[role.name] for role in placement.rewards]
+    roles = Roles(groups["actor"], groups.get("critic"), groups.get("ref"), rewards)
+    if not placement.engines:
+        watch.get(pending)
+        engine = PolicyEngine(roles.policy)
+        return roles, engine, engine
+    engines, loading = _start_engines(config, placement, slots[ENGINES], watch)
+    watch.get(pending + loading)
+    return roles, engines, RayWeightSync(roles.policy, engines)
+
+
+def _start_engines(config: PPOConfig, placement: Placement, slots: Any, watch: Any) -> tuple[Any, list[Any]]:
+    """Start the vLLM engines; return them and the futures of their loading."""
+    from openrlhf.ray.vllm_actor import RayEngines
+
+    engines = RayEngines.start(slots, watch)
+    loading = engines.setup(
+        _absolute(config.model.pretrain),
+        dtype="bfloat16" if config.model.bf16 else "float32",
+        seed=config.batch.seed,
+        max_model_len=config.rollout.max_model_len,
+        enable_prefix_caching=config.vllm.enable_prefix_caching,
+        enforce_eager=config.vllm.enforce_eager,
+        gpu_memory_utilization=placement.gpu_memory_utilization,
+        tensor_parallel_size=placement.tensor_parallel,
+        trust_remote_code=config.model.trust_remote_code,
+        sleep=placement.engine_sleep,
+    )
+    return engines, loading
+
+
+def _for_workers(config: PPOConfig) -> PPOConfig:
+    """Return the configuration as processes elsewhere need it: absolute folders, and no key of a logging service."""
+    model = config.model
+    rewards = ",".join(_absolute(path) for path in model.reward_models) or None
+    critic = model.critic_pretrain and _absolute(model.critic_pretrain)
+    placed = replace(model, pretrain=_absolute(model.pretrain), reward_pretrain=rewards, critic_pretrain=critic)
+    return replace(config, model=placed, logging=replace(config.logging, use_wandb=None))
+
+
+def _absolute(path: str) -> str:
+    """Return a local folder as an absolute path, and the name of a hub model as it is."""
+    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise Preempted("the run was asked to stop (SIGTERM); --load_checkpoint goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    run(PPOConfig, train, "train_ppo_ray", plan)

@@ -1,0 +1,217 @@
+"""The part that language and value models share: hidden states without padding, and the check that they are right.
+
+``B`` sequences, ``S`` padded length, ``N`` real tokens, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from openrlhf.errors import UsageError
+from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
+from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
+
+REFERENCE = "eager"
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_TOLERANCE = 5e-2
+CHECK_LENGTHS = (5, 8)
+
+
+class TokenModel(nn.Module):
+    """A transformers model of token sequences whose forward skips padding where that is known to be exact.
+
+    Attributes:
+        model: the transformers model.
+        packed: whether padding is removed before the forward; known once :meth:`verify` has run.
+        reason: why padding stays, when it does.
+        padded_attention: transformers' name of the attention that is right for padded batches.
+    """
+
+    def __init__(self, model: nn.Module, *, packing_samples: bool = False):
+        super().__init__()
+        register()
+        self.model = model
+        self.train(model.training)
+        self.packing_samples = packing_samples
+        self.packed = False
+        self.verified = False
+        self.reason: str | None = None
+        self.padded_attention = PADDED
+
+    @property
+    def config(self):
+        """The transformers config of the model."""
+        return self.model.config
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer without its head."""
+        return _backbone(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def export_name(self, name: str) -> str:
+        """Return the name in the saved folder of the transformers model's weight ``name``."""
+        return name
+
+    def verify(self) -> str | None:
+        """Check on a tiny input that padding can be removed, choose the attention, return why padding stays or None.
+
+        The first forward calls it; call it earlier to fail earlier. All ranks of a sharded model call it together.
+
+        Raises:
+            UsageError: ``--packing_samples`` was asked for and the architecture cannot do it.
+        """
+        self.verified = True
+        with evaluating(self), quiet(), torch.no_grad():
+            self.padded_attention = choose_padded(self.model)
+            self.reason = verify_unpadded(self.model)
+        self.packed = self.reason is None
+        switch_attention(self.model, UNPADDED if self.packed else self.padded_attention)
+        if self.packing_samples and not self.packed:
+            raise UsageError(
+                f"--packing_samples: {architecture(self.model)} cannot be packed: {self.reason}. "
+                "Leave the flag out; padded batches give the same gradients."
+            )
+        return self.reason
+
+    def inputs(self, sequences: Tensor, attention_mask: Tensor) -> PackedBatch:
+        """Return the batch without padding; the first call verifies the model."""
+        if not self.verified:
+            self.verify()
+        return remove_padding(sequences, attention_mask)
+
+    def last_hidden(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states ``(N, H)`` of the real tokens."""
+        if self.packed:
+            return self.backbone(**packed_arguments(batch)).last_hidden_state[0]
+        output = self.backbone(**padded_arguments(sequences, attention_mask))
+        return output.last_hidden_state.flatten(0, 1)[batch.indices]
+
+
+def packed_arguments(batch: PackedBatch) -> dict:
+    """Return the forward's keyword arguments for one row of concatenated sequences."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": torch.ones_like(batch.input_ids),
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "unpadded": batch.rows,
+    }
+
+
+def padded_arguments(sequences: Tensor, attention_mask: Tensor) -> dict:
+    """Return the forward's keyword arguments for padded sequences."""
+    return {
+        "input_ids": sequences,
+        "attention_mask": attention_mask.long(),
+        "position_ids": position_ids_of(attention_mask),
+        "use_cache": False,
+    }
+
+
+def choose_padded(model: nn.Module) -> str:
+    """Return the attention for padded batches: SDPA, or the plain one where SDPA would leave something out.
+
+    SDPA drops what it does not know without a word. The soft-cap of attention scores hardly shows on a tiny input, so
+    the config is asked about that one.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return REFERENCE
+    sequences = _check_sequences(model)
+    expected = _each_alone(model, sequences, REFERENCE)
+    if switch_attention(model, PADDED) and _close(_each_alone(model, sequences, PADDED), expected):
+        return PADDED
+    return REFERENCE
+
+
+def verify_unpadded(model: nn.Module) -> str | None:
+    """Return why the unpadded attention is not exact for ``model``, or None.
+
+    Two short sequences in one row must give the hidden states that each gives alone under transformers' own plain
+    attention. ``model`` is in evaluation mode and gradients are off; its attention may be another one afterwards.
+    """
+    sequences = _check_sequences(model)
+    expected = _each_alone(model, sequences, REFERENCE)
+    if not switch_attention(model, UNPADDED):
+        return "its attention cannot be replaced"
+    width = max(CHECK_LENGTHS)
+    padded = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in sequences])
+    lengths = torch.tensor(CHECK_LENGTHS, device=padded.device)
+    batch = remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None])
+    try:
+        packed = _backbone(model)(**packed_arguments(batch)).last_hidden_state[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None if _close(packed, expected) else "packed sequences see each other"
+
+
+def _check_sequences(model: nn.Module) -> tuple[Tensor, ...]:
+    """Return the two short sequences of the check, each ``(1, L)``."""
+    tokens = torch.arange(sum(CHECK_LENGTHS), device=next(model.parameters()).device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return tokens.mul(7).add(3).remainder(vocabulary)[None].split(CHECK_LENGTHS, dim=1)
+
+
+def _each_alone(model: nn.Module, sequences: tuple[Tensor, ...], attention: str) -> Tensor:
+    """Return the last hidden states ``(N, H)`` of the sequences, each in a forward of its own."""
+    switch_attention(model, attention)
+    return torch.cat([_backbone(model)(input_ids=row, use_cache=False).last_hidden_state[0] for row in sequences])
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """Return the transformer of ``model`` without its head."""
+    return getattr(model, model.base_model_prefix, None) or model.get_decoder()
+
+
+def _close(given: Tensor, expected: Tensor) -> bool:
+    """Return whether two tensors of hidden states are equal but for rounding in the model's dtype."""
+    error = torch.linalg.vector_norm(given.float() - expected.float()) / torch.linalg.vector_norm(expected.float())
+    return bool(error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE))
+
+
+def architecture(model: nn.Module) -> str:
+    """Return the name of the model's family, e.g. ``qwen2 (Qwen2ForCausalLM)``."""
+    return f"{model.config.model_type} ({type(model).__name__})"
+
+
+def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
+    """Recompute each layer in the backward instead of keeping its activations; takes ours or a transformers model."""
+    model = model.model if isinstance(model, TokenModel) else model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the screen; what matters is checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` in evaluation mode for a while."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -1,0 +1,258 @@
+"""Loading transformers models: one path for policies and for models with a value head.
+
+Says clearly what is wrong with a folder; never reads pickled weights from one, never runs its code unasked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from openrlhf.config.groups import AttentionConfig, ModelConfig
+from openrlhf.errors import DataError
+from openrlhf.models.backbone import architecture, enable_gradient_checkpointing, quiet
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HEAD = "score"
+ContextFactory = Callable[[], AbstractContextManager]
+
+
+def load_causal_lm(
+    path: str,
+    model_cfg: ModelConfig,
+    attention_cfg: AttentionConfig | None = None,
+    *,
+    gather: Callable | None = None,
+    context: ContextFactory | None = None,
+    flag: str = "--pretrain",
+) -> nn.Module:
+    """Return the causal language model at ``path``, a folder or a hub id, in float32 or with ``--bf16`` in bfloat16.
+
+    Args:
+        path: where the model is.
+        model_cfg: dtype, remote code, gradient checkpointing.
+        attention_cfg: unused for a plain load; the attention is chosen when the model is checked.
+        gather: unused here; a value head needs it.
+        context: makes a context manager to load under, e.g. one that shards the weights while they arrive.
+        flag: the flag that named ``path``, for messages.
+
+    Raises:
+        DataError: the folder is missing, incomplete, pickled, or needs code that may not run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, missing = from_pretrained(AutoModelForCausalLM, path, model_cfg, context=context, flag=flag)
+    if missing:
+        raise DataError(f"{flag} {path}: no weights for {', '.join(missing[:3])}; is it a language model?")
+    return prepare(model, model_cfg)
+
+
+def load_value_model(
+    path: str,
+    model_cfg: ModelConfig,
+    attention_cfg: AttentionConfig | None = None,
+    *,
+    gather: Callable | None = None,
+    context: ContextFactory | None = None,
+    init_value_head: bool | None = None,
+    value_head_prefix: str = HEAD,
+    normalize_reward: bool = False,
+    pad_token_id: int | None = None,
+    seed: int = 42,
+    flag: str = "--pretrain",
+) -> nn.Module:
+    """Return the sequence classifier with one label at ``path``, a folder or a hub id.
+
+    Args:
+        path: a reward model or critic, or a language model that gets a fresh head.
+        model_cfg: dtype, remote code, gradient checkpointing.
+        attention_cfg: unused for a plain load; the attention is chosen when the model is checked.
+        gather: ``gather(parameters, modifier_rank=0)`` makes a context manager under which sharded weights are whole
+            and may be written.
+        context: makes a context manager to load under.
+        init_value_head: True: always a fresh head. None: a fresh one where the checkpoint has none.
+            False: a checkpoint without a head is an error.
+        value_head_prefix: the head's name in the checkpoint; the one in config.json wins.
+        normalize_reward: normalise rewards with the mean and standard deviation in config.json.
+        pad_token_id: written to the config; transformers looks for the last token that differs from it.
+        seed: of the fresh head, drawn from a normal distribution with deviation 1 / (hidden + 1).
+        flag: the flag that named ``path``, for messages.
+
+    Raises:
+        DataError: the folder cannot be used, or has no head, or no mean and std, where they are needed.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    check_path(path, trust_remote_code=model_cfg.trust_remote_code, flag=flag)
+    prefix = _saved_prefix(path) or value_head_prefix
+    renaming = {} if prefix == HEAD else {"key_mapping": {rf"^{re.escape(prefix)}\.": f"{HEAD}."}}
+    model, missing = from_pretrained(
+        AutoModelForSequenceClassification, path, model_cfg, context=context, flag=flag, num_labels=1, **renaming
+    )
+    headless = _check_head(model, missing, init_value_head is not False, f"{flag} {path}", prefix)
+    fresh = headless or init_value_head is True
+    if fresh:
+        _fresh_head(getattr(model, HEAD), gather, seed)
+    _complete_config(model.config, prefix, normalize_reward, pad_token_id)
+    if normalize_reward and not fresh and not (hasattr(model.config, "mean") and hasattr(model.config, "std")):
+        raise DataError(
+            f"{flag} {path}: --normalize_reward needs `mean` and `std` in config.json; "
+            "train_rm writes them when it evaluates"
+        )
+    return prepare(model, model_cfg)
+
+
+def load_plain_causal_lm(path: str, *, bf16: bool) -> nn.Module:
+    """Return the causal language model at ``path`` with nothing but a dtype chosen."""
+    return load_causal_lm(path, ModelConfig(pretrain=path, bf16=bf16))
+
+
+def prepare(model: nn.Module, model_cfg: ModelConfig) -> nn.Module:
+    """Switch gradient checkpointing on when asked for, and return ``model``."""
+    if model_cfg.gradient_checkpointing:
+        enable_gradient_checkpointing(model, model_cfg.gradient_checkpointing_use_reentrant)
+    return model
+
+
+def from_pretrained(
+    auto_class, path: str, model_cfg: ModelConfig, *, context: ContextFactory | None, flag: str, **options: Any
+) -> tuple[nn.Module, list[str]]:
+    """Return ``(model, names of weights that the checkpoint does not have)`` of a transformers auto class."""
+    local = check_path(path, trust_remote_code=model_cfg.trust_remote_code, flag=flag)
+    if local:
+        options["use_safetensors"] = True
+    try:
+        with (context or nullcontext)(), quiet():
+            model, report = auto_class.from_pretrained(
+                path,
+                dtype=torch.bfloat16 if model_cfg.bf16 else torch.float32,
+                trust_remote_code=model_cfg.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError) as error:
+        raise DataError(f"{flag} {path}: the model cannot be loaded: {error}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise DataError(f"{flag} {path}: the weights do not have the shapes of config.json: {error}") from error
+    return model, sorted(report["missing_keys"])
+
+
+def check_path(path: str | None, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:
+    """Return whether ``path`` is a model folder here rather than a hub id.
+
+    Raises:
+        DataError: it is neither, or the folder cannot be loaded safely.
+    """
+    local = check_folder(path, trust_remote_code=trust_remote_code, flag=flag)
+    if local and not (Path(path) / "config.json").is_file():
+        raise DataError(f"{flag} {path}: the folder has no config.json; give the folder that `save_pretrained` wrote")
+    if local:
+        _check_weights(Path(path), flag)
+    return local
+
+
+def check_folder(path: str | None, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:
+    """Return whether ``path`` is a folder here rather than a hub id; it must not need code that may not run.
+
+    Raises:
+        DataError: it is neither, or it needs such code.
+    """
+    if not path:
+        raise DataError(f"{flag} is missing: name a model folder or a hub model")
+    folder = Path(path)
+    if folder.is_dir():
+        _check_config(folder, trust_remote_code, flag)
+        return True
+    if HUB_ID.fullmatch(path) and not folder.exists():
+        return False
+    raise DataError(f"{flag} {path}: there is no such folder, and it is not the name of a hub model")
+
+
+def _check_config(folder: Path, trust_remote_code: bool, flag: str) -> None:
+    """Raise DataError when ``config.json`` is broken or asks for code that may not run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not a JSON file: {error}") from error
+    if "auto_map" in config and not trust_remote_code and not _known(config.get("model_type")):
+        raise DataError(
+            f"{flag} {folder}: the model brings code of its own (auto_map in config.json), which is not run unasked; "
+            "pass --trust_remote_code if you trust it"
+        )
+
+
+def _known(model_type: str | None) -> bool:
+    """Return whether transformers itself implements ``model_type``."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _check_weights(folder: Path, flag: str) -> None:
+    """Raise DataError when the folder has no safetensors weights."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise DataError(
+            f"{flag} {folder}: the weights are pickled ({pickled[0]}), which can run code when it is read; "
+            "convert them once with transformers' `from_pretrained(...).save_pretrained(new_folder)`"
+        )
+    raise DataError(f"{flag} {folder}: the folder has no weights (*.safetensors)")
+
+
+def _check_head(model: nn.Module, missing: list[str], may_be_fresh: bool, source: str, prefix: str) -> bool:
+    """Return whether the checkpoint has no value head; raise DataError when it lacks what it must have."""
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise DataError(f"{source}: {architecture(model)} has no linear `{HEAD}` head; it cannot carry values")
+    others = [name for name in missing if not name.startswith(f"{HEAD}.")]
+    if others:
+        raise DataError(f"{source}: the folder has no weights for {', '.join(others[:3])}")
+    headless = bool(missing)
+    if headless and not may_be_fresh:
+        raise DataError(
+            f"{source}: there is no value head `{prefix}` in the weights; is it a reward model? "
+            "--value_head_prefix names the head"
+        )
+    return headless
+
+
+def _saved_prefix(path: str) -> str | None:
+    """Return the head's name that the folder's config.json gives, if it gives one."""
+    config = Path(path) / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("value_head_prefix") if config.is_file() else None
+
+
+def _complete_config(config, prefix: str, normalize_reward: bool, pad_token_id: int | None) -> None:
+    """Write into ``config`` what makes the saved folder load as a classifier with one label."""
+    config.num_labels = 1
+    config.problem_type = None
+    config.value_head_prefix = prefix
+    config.normalize_reward = normalize_reward
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+
+
+def _fresh_head(head: nn.Linear, gather: Callable | None, seed: int) -> None:
+    """Draw the weights of ``head`` anew: the same on every rank and device."""
+    with (gather or _nothing)([head.weight], modifier_rank=0), torch.no_grad():
+        shape = (head.out_features, head.in_features)
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / (head.in_features + 1)
+        head.weight.copy_(drawn)
+
+
+def _nothing(_parameters: list[nn.Parameter], modifier_rank: int):
+    return nullcontext()

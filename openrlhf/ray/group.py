@@ -1,0 +1,166 @@
+"""A group of workers on Ray: the same calls as :class:`~openrlhf.trainer.ppo.groups.LocalGroup`, answered by futures.
+
+Values go from worker to worker through Ray's object store; the caller holds references. Every wait ends: with the
+values, with the error of a worker, or because an actor died or no longer answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from openrlhf.errors import InfraError, OpenRLHFError
+from openrlhf.ray.host import WorkerHost, build_worker
+from openrlhf.ray.slots import Slots
+
+LOOK_EVERY_S = 10.0
+
+
+class Watch:
+    """Waits for futures that some actors are to answer, and names the actor that keeps them from coming.
+
+    Args:
+        timeout_s: an actor that does not answer a ping for so long is given up.
+        look_every_s: seconds between two pings.
+    """
+
+    def __init__(self, timeout_s: float, look_every_s: float = LOOK_EVERY_S):
+        self.timeout_s = timeout_s
+        self.look_every_s = min(look_every_s, timeout_s)
+        self._actors: dict[str, tuple[str, Any]] = {}
+
+    def add(self, actor: Any, name: str) -> None:
+        """Watch ``actor``, called ``name`` in messages; it must have a ``ping`` that answers beside its work."""
+        self._actors[actor._actor_id.hex()] = (name, actor)
+
+    def get(self, futures: Sequence[Any]) -> list[Any]:
+        """Return the values of ``futures``, in order.
+
+        Raises:
+            OpenRLHFError: what a worker raised; :class:`InfraError` when an actor died or does not answer.
+        """
+        values: dict[Any, Any] = {}
+        pending = list(dict.fromkeys(futures))
+        while pending:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=self.look_every_s, fetch_local=False)
+            values.update(zip(done, self._fetch(done), strict=True))
+            if pending:
+                self.ping()
+        return [values[future] for future in futures]
+
+    def ping(self) -> None:
+        """Ask every actor for a sign of life.
+
+        Raises:
+            InfraError: one died, or gave none for ``timeout_s`` seconds.
+        """
+        pings = {actor.ping.remote(): name for name, actor in self._actors.values()}
+        if not pings:
+            return
+        heard, silent = ray.wait(list(pings), num_returns=len(pings), timeout=self.timeout_s)
+        self._fetch(heard)
+        if silent:
+            names = ", ".join(pings[ping] for ping in silent)
+            raise InfraError(f"No sign of life from {names} for {self.timeout_s:.0f} s: stopped or hanging.")
+
+    def _fetch(self, futures: list[Any]) -> list[Any]:
+        try:
+            return ray.get(futures, timeout=self.timeout_s)
+        except RayError as error:
+            told = self._translate(error)
+            raise told from (None if isinstance(told, OpenRLHFError) else error)
+
+    def _translate(self, error: BaseException) -> BaseException:
+        """Return what really happened: the worker's own exception, or who died."""
+        if isinstance(error, RayTaskError):
+            return self._translate(error.cause)
+        if isinstance(error, RayActorError):
+            name, _ = self._actors.get(error.actor_id or "", ("A worker", None))
+            return InfraError(f"{name} died. {_one_line(error)}")
+        if isinstance(error, RayError):
+            return InfraError(f"Ray failed: {_one_line(error)}")
+        return error
+
+
+class RayGroup:
+    """The workers of one role, one Ray actor each; a :class:`~openrlhf.trainer.ppo.groups.WorkerGroup`."""
+
+    def __init__(self, role: str, hosts: list[Any], watch: Watch):
+        self.role = role
+        self.hosts = hosts
+        self.size = len(hosts)
+        self.watch = watch
+        for rank, host in enumerate(hosts):
+            watch.add(host, f"{role} rank {rank}")
+
+    @classmethod
+    def start(cls, role: str, slots: Slots, watch: Watch) -> RayGroup:
+        """Start one empty host on each of ``slots``; give them workers with :meth:`setup`."""
+        size = len(slots.bundles)
+        return cls(role, [start_actor(WorkerHost, slots, rank, rank, size) for rank in range(size)], watch)
+
+    def setup(self, worker_class: Callable, config: Any, **kwargs: Any) -> list[Any]:
+        """Build ``worker_class(config, strategy, **kwargs)`` in every rank; futures, so groups start together."""
+        return self.build(build_worker, worker_class, config, kwargs)
+
+    def build(self, factory: Callable, *arguments: Any) -> list[Any]:
+        """Make ``factory(*arguments)`` the worker of every rank; return futures."""
+        master = self.watch.get([self.hosts[0].address.remote()])[0]
+        return [host.setup.remote(factory, arguments, master) for host in self.hosts]
+
+    def map(self, method: Callable | str, *columns: Sequence[Any], **common: Any) -> list[Any]:
+        """Deal the items of ``columns`` to the workers in contiguous slices and return a future an item."""
+        share = self._share(columns)
+        if not share:
+            return []
+        futures: list[Any] = []
+        for rank, host in enumerate(self.hosts):
+            flat = [item for column in columns for item in column[rank * share : (rank + 1) * share]]
+            call = host.call.options(num_returns=share)
+            answer = call.remote(_name(method), len(columns), share, True, *flat, **common)
+            futures += [answer] if share == 1 else answer
+        return futures
+
+    def run(self, method: Callable | str, *columns: Sequence[Any], **common: Any) -> list[Any]:
+        """Like :meth:`map`, but each worker gives one result; without columns every worker is called."""
+        share = self._share(columns)
+        return [
+            host.call.remote(
+                _name(method),
+                len(columns),
+                share,
+                False,
+                *[item for column in columns for item in column[rank * share : (rank + 1) * share]],
+                **common,
+            )
+            for rank, host in enumerate(self.hosts)
+        ]
+
+    def get(self, futures: Sequence[Any]) -> list[Any]:
+        """Return the values of ``futures``; see :meth:`Watch.get`."""
+        return self.watch.get(futures)
+
+    def _share(self, columns: Sequence[Sequence[Any]]) -> int:
+        """Return how many items of each column one worker gets."""
+        lengths = {len(column) for column in columns}
+        if len(lengths) > 1 or any(length % self.size for length in lengths):
+            raise ValueError(f"{self.role}: columns of {sorted(lengths)} items for {self.size} workers")
+        return lengths.pop() // self.size if lengths else 0
+
+
+def start_actor(actor_class: Any, slots: Slots, index: int, *arguments: Any) -> Any:
+    """Start a Ray actor on slot ``index``; it is never restarted, because a new one would have lost its state."""
+    return actor_class.options(max_restarts=0, **slots.options(index)).remote(*arguments)
+
+
+def _name(method: Callable | str) -> str:
+    return method if isinstance(method, str) else method.__name__
+
+
+def _one_line(error: BaseException) -> str:
+    """Return Ray's message without its tables and line breaks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    return " ".join(lines)[:600]

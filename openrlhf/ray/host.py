@@ -1,0 +1,109 @@
+"""One Ray actor that hosts one worker: it becomes a rank, builds the worker, and passes calls on to it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from openrlhf.errors import InfraError
+from openrlhf.ray.buckets import pack
+
+NOSET_VARIABLES = tuple(
+    f"RAY_EXPERIMENTAL_NOSET_{name}"
+    for name in (
+        "CUDA_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+        "ASCEND_RT_VISIBLE_DEVICES",
+        "HABANA_VISIBLE_MODULES",
+        "NEURON_RT_VISIBLE_CORES",
+        "TPU_VISIBLE_CHIPS",
+        "ONEAPI_DEVICE_SELECTOR",
+    )
+)
+
+
+def ray_noset_visible_devices(environment: dict[str, str] | None = None) -> bool:
+    """Return whether Ray was told to leave the list of visible devices alone, so that a rank must pick its own."""
+    environment = os.environ if environment is None else environment
+    return any(environment.get(name, "").lower() not in ("", "0", "false") for name in NOSET_VARIABLES)
+
+
+def build_worker(worker_class: Callable, config: Any, kwargs: dict[str, Any]) -> Any:
+    """Start DeepSpeed in this rank and return ``worker_class(config, strategy, **kwargs)``."""
+    from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+
+    strategy = DeepSpeedStrategy(
+        config.deepspeed,
+        bf16=config.model.bf16,
+        max_norm=config.optim.max_norm,
+        micro_batch_size=config.batch.micro_train_batch_size,
+        seed=config.batch.seed,
+    )
+    strategy.setup_distributed()
+    return worker_class(config, strategy, **kwargs)
+
+
+@ray.remote(concurrency_groups={"ping": 1})
+class WorkerHost:
+    """Rank ``rank`` of ``world_size``. Calls run one after the other; ``ping`` answers beside them."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank = rank
+        self.world_size = world_size
+        self.worker: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Return the address of this node and a port that is free on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def setup(self, build: Callable, arguments: tuple, master: tuple[str, int]) -> None:
+        """Take this rank's place in the group and keep ``build(*arguments)`` as the worker."""
+        os.environ.update(self._rank_environment(master))
+        self.worker = build(*arguments)
+
+    def call(self, name: str, columns: int, items: int, each: bool, /, *flat: Any, **common: Any) -> Any:
+        """Call the worker's method ``name`` with ``columns`` lists of ``items`` entries, which come in ``flat``.
+
+        Entries that were futures arrive as values because they are arguments of their own. ``each``: the method
+        answers one result an item; they become one object of Ray each.
+        """
+        slices = [list(flat[column * items : (column + 1) * items]) for column in range(columns)]
+        result = getattr(self.worker, name)(*slices, **common)
+        if not each:
+            return result
+        if len(result) != items:
+            raise InfraError(f"{name} of {type(self.worker).__name__} gave {len(result)} results for {items} items.")
+        return result[0] if items == 1 else tuple(result)
+
+    def publish_weights(self, bucket_bytes: int) -> list[ray.ObjectRef]:
+        """Put the policy's weights in the object store, bucket by bucket; all ranks help, rank 0 has references."""
+        buckets: Iterator[Any] = self.worker.weight_buckets(bucket_bytes)
+        if self.rank == 0:
+            return [ray.put(pack(bucket)) for bucket in buckets]
+        for _ in buckets:
+            pass
+        return []
+
+    @ray.method(concurrency_group="ping")
+    def ping(self) -> int:
+        """Return the process id: this process is alive."""
+        return os.getpid()
+
+    def _rank_environment(self, master: tuple[str, int]) -> dict[str, str]:
+        local_rank = 0
+        if ray_noset_visible_devices():
+            local_rank = int(next(iter(ray.get_gpu_ids()), 0))
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "MASTER_ADDR": master[0],
+            "MASTER_PORT": str(master[1]),
+        }

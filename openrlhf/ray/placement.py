@@ -1,0 +1,209 @@
+"""Who runs where: the only reader of ``colocate_*`` and ``*_num_gpus_per_node``.
+
+Arithmetic without Ray, so that ``--dry_run`` can print it; :mod:`openrlhf.ray.slots` asks a cluster for the devices. A
+slot is one device of the cluster: a GPU, or a CPU core where there are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from openrlhf import device
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import UsageError
+
+if TYPE_CHECKING:
+    from openrlhf.ray.slots import Slots
+
+SHARED_GPU_MEMORY = 0.4
+ENGINES = "vllm"
+
+
+@dataclass(frozen=True)
+class Role:
+    """A group of equal workers: ``nodes * per_node`` of them, on the devices of ``pool``."""
+
+    name: str
+    nodes: int
+    per_node: int
+    pool: str
+
+    @property
+    def workers(self) -> int:
+        """Ranks of the group."""
+        return self.nodes * self.per_node
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The layout of a PPO run.
+
+    Attributes:
+        roles: worker groups: ``actor``; ``critic`` when advantages need one; ``ref`` when a KL penalty does;
+            ``reward``, ``reward-2``, ... one for each reward model.
+        engines: vLLM engines; 0 means that the policy generates.
+        tensor_parallel: devices of one engine.
+        engine_pool: pool of the engines.
+        gpu_memory_utilization: share of GPU memory for an engine.
+        engine_sleep: whether engines give their memory back while the models train.
+        notices: what was changed or ignored, one line each.
+    """
+
+    roles: tuple[Role, ...]
+    engines: int
+    tensor_parallel: int
+    engine_pool: str
+    gpu_memory_utilization: float
+    engine_sleep: bool
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: PPOConfig) -> Placement:
+        """Read the layout off the flags.
+
+        Raises:
+            UsageError: roles that share devices differ in size.
+        """
+        roles = _roles(config)
+        shared, sizes = config.placement.colocate_all_models, config.vllm
+        notices = _notices(config, {role.name for role in roles})
+        memory = sizes.vllm_gpu_memory_utilization
+        placement = cls(
+            roles=roles,
+            engines=sizes.engines,
+            tensor_parallel=sizes.vllm_tensor_parallel_size,
+            engine_pool="actor" if shared else ENGINES,
+            gpu_memory_utilization=min(memory, SHARED_GPU_MEMORY) if shared and memory >= 0.9 else memory,
+            engine_sleep=sizes.vllm_enable_sleep and shared,
+            notices=tuple(notices),
+        )
+        problems = placement._problems(config)
+        if problems:
+            raise UsageError(problems)
+        return placement
+
+    def role(self, name: str) -> Role | None:
+        """Return the role of that name, or None when the run has none."""
+        return next((role for role in self.roles if role.name == name), None)
+
+    @property
+    def rewards(self) -> tuple[Role, ...]:
+        """The reward groups, in the order of ``--reward_pretrain``."""
+        return tuple(role for role in self.roles if role.name.startswith("reward"))
+
+    @property
+    def pools(self) -> dict[str, list[int]]:
+        """Devices of each bundle of each pool; roles of one pool share its bundles."""
+        pools: dict[str, list[int]] = {}
+        for role in self.roles:
+            pools.setdefault(role.pool, [1] * role.workers)
+        if self.engines:
+            pools.setdefault(self.engine_pool, [self.tensor_parallel] * self.engines)
+        return pools
+
+    @property
+    def slots(self) -> int:
+        """Devices wanted in all."""
+        return sum(sum(bundles) for bundles in self.pools.values())
+
+    def occupants(self, pool: str) -> list[str]:
+        """Return who shares each device of ``pool``."""
+        names = [role.name for role in self.roles if role.pool == pool]
+        return names + [ENGINES] * bool(self.engines and self.engine_pool == pool)
+
+    def threads(self, name: str) -> dict[str, str]:
+        """Return the thread settings of one worker of role ``name`` (or of an engine, ``"vllm"``).
+
+        Groups that work at the same time share the cores of a node: actor and critic while they train, everybody while
+        rollouts are scored. Engines generate while the others wait.
+        """
+        if name == ENGINES:
+            return device.thread_environment(max(1, self.engines))
+        busy = [role for role in self.roles if name not in ("actor", "critic") or role.name in ("actor", "critic")]
+        return device.thread_environment(sum(role.per_node for role in busy))
+
+    def describe(self) -> list[str]:
+        """Return the layout as lines for people: who shares which devices."""
+        lines = [f"{self.slots} device slots"]
+        sizes = {role.name: f"{role.name} x{role.workers}" for role in self.roles}
+        sizes[ENGINES] = f"{ENGINES} x{self.engines}" + f" (tp {self.tensor_parallel})" * (self.tensor_parallel > 1)
+        for pool, bundles in self.pools.items():
+            names = self.occupants(pool)
+            shared = " share" if len(names) > 1 else ""
+            lines.append(f"  {sum(bundles)} slots: {', '.join(sizes[name] for name in names)}{shared}")
+        if not self.engines:
+            lines.append("  no vLLM engines: the policy generates")
+        return lines + [f"  {notice}" for notice in self.notices]
+
+    def reserve(self, resource: str, timeout_s: float) -> dict[str, Slots]:
+        """Reserve the devices on the connected cluster; see :func:`openrlhf.ray.slots.reserve`."""
+        from openrlhf.ray.slots import reserve
+
+        return reserve(self, resource, timeout_s)
+
+    def _problems(self, config: PPOConfig) -> list[str]:
+        found = []
+        for pool in self.pools:
+            members = [role for role in self.roles if role.pool == pool]
+            for other in members[1:]:
+                if (other.nodes, other.per_node) != (members[0].nodes, members[0].per_node):
+                    found.append(_size_problem(config, members[0], other))
+        if self.engines and config.placement.colocate_all_models:
+            found += self._engine_problems()
+        return list(dict.fromkeys(found))
+
+    def _engine_problems(self) -> list[str]:
+        workers = self.roles[0].workers
+        if self.tensor_parallel > 1:
+            return ["--colocate_all_models needs --vllm_tensor_parallel_size 1: take one engine a device"]
+        if workers != self.engines:
+            return [
+                f"--colocate_all_models puts one engine beside each actor: --vllm_num_engines is {self.engines}, "
+                f"actor_num_nodes * actor_num_gpus_per_node is {workers}; make them equal"
+            ]
+        return []
+
+
+def _roles(config: PPOConfig) -> tuple[Role, ...]:
+    """Return the groups that the flags ask for; the pool is named after the first role in it."""
+    flags, algorithm = config.placement, config.algorithm
+    has_critic = algorithm.estimator.needs_critic
+    roles = [Role("actor", flags.actor_num_nodes, flags.actor_num_gpus_per_node, "actor")]
+    if algorithm.init_kl_coef > 0 or algorithm.kl_target:
+        shared = flags.colocate_actor_ref or flags.colocate_all_models
+        roles.append(Role("ref", flags.ref_num_nodes, flags.ref_num_gpus_per_node, "actor" if shared else "ref"))
+    with_critic = flags.colocate_critic_reward and has_critic
+    everywhere = "actor" if flags.colocate_all_models and not with_critic else ""
+    if has_critic:
+        pool = everywhere or "critic"
+        roles.append(Role("critic", flags.critic_num_nodes, flags.critic_num_gpus_per_node, pool))
+    for number, _ in enumerate(config.model.reward_models, start=1):
+        name = "reward" if number == 1 else f"reward-{number}"
+        pool = everywhere or ("critic" if with_critic else name)
+        roles.append(Role(name, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
+    return tuple(roles)
+
+
+def _notices(config: PPOConfig, names: set[str]) -> list[str]:
+    flags, sizes, found = config.placement, config.vllm, []
+    if flags.colocate_critic_reward and "critic" not in names:
+        found.append("--colocate_critic_reward has no effect: there is no critic")
+    if sizes.vllm_enable_sleep and not flags.colocate_all_models:
+        found.append("--vllm_enable_sleep has no effect without --colocate_all_models: engines keep their devices")
+    if flags.colocate_all_models and sizes.engines and sizes.vllm_gpu_memory_utilization >= 0.9:
+        found.append(f"--vllm_gpu_memory_utilization is {SHARED_GPU_MEMORY}: engines share devices with the models")
+    return found
+
+
+def _size_problem(config: PPOConfig, first: Role, other: Role) -> str:
+    flags = config.placement
+    if flags.colocate_all_models and not (first.pool == "critic" and flags.colocate_critic_reward):
+        cause = "--colocate_all_models"
+    else:
+        cause = "--colocate_actor_ref" if first.name == "actor" else "--colocate_critic_reward"
+    one, two = first.name, other.name.split("-")[0]
+    return (
+        f"{cause} shares devices between {one} and {two}: --{one}_num_nodes {first.nodes} --{one}_num_gpus_per_node "
+        f"{first.per_node} must equal --{two}_num_nodes {other.nodes} --{two}_num_gpus_per_node {other.per_node}"
+    )

@@ -1,0 +1,105 @@
+"""Reserves the devices of a placement on the connected Ray cluster, or says what is missing."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from openrlhf.errors import InfraError
+from openrlhf.ray.cluster import worker_environment
+from openrlhf.ray.placement import ENGINES, Placement
+
+SHARE = 0.2
+HINT = "Lower *_num_gpus_per_node or --vllm_num_engines, or share devices with --colocate_all_models."
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Reserved devices of one role.
+
+    Attributes:
+        group: Ray placement group.
+        bundles: index of each worker's bundle; workers of one node are neighbours.
+        amount: how much of ``resource`` one worker takes.
+        resource: ``"GPU"`` or ``"CPU"``.
+        environment: variables of every worker, its number of threads among them.
+    """
+
+    group: Any
+    bundles: tuple[int, ...]
+    amount: float
+    resource: str
+    environment: dict[str, str]
+
+    def options(self, index: int) -> dict[str, Any]:
+        """Return the Ray options of worker ``index``."""
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=self.bundles[index]
+        )
+        cpus = self.amount if self.resource == "CPU" else min(self.amount, SHARE)
+        return {
+            "num_cpus": cpus,
+            "num_gpus": self.amount if self.resource == "GPU" else 0,
+            "scheduling_strategy": strategy,
+            "runtime_env": {"env_vars": {**worker_environment(), **self.environment}},
+        }
+
+
+def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, Slots]:
+    """Return the slots of every role of ``placement``, and of ``"vllm"`` when it has engines.
+
+    Args:
+        placement: who shares which devices.
+        resource: what a slot is, ``"GPU"`` or ``"CPU"``; see :func:`openrlhf.ray.cluster.connect`.
+        timeout_s: how long to wait until all of them are free.
+
+    Raises:
+        InfraError: they were not free in time; the message is a table of wanted and available.
+    """
+    groups = {}
+    for pool, bundles in placement.pools.items():
+        wanted = [{resource: size, **({"CPU": 1} if resource == "GPU" else {})} for size in bundles]
+        groups[pool] = placement_group(wanted, strategy="PACK")
+    deadline = time.monotonic() + timeout_s
+    for group in groups.values():
+        ready, _ = ray.wait([group.ready()], timeout=max(0.1, deadline - time.monotonic()))
+        if not ready:
+            table = _shortage(placement, resource)
+            for each in groups.values():
+                remove_placement_group(each)
+            raise InfraError(f"The cluster could not place the run within {timeout_s:.0f} s.\n{table}")
+    names = [(role.name, role.pool) for role in placement.roles]
+    names += [(ENGINES, placement.engine_pool)] * bool(placement.engines)
+    return {name: _slots(placement, name, pool, groups[pool], resource) for name, pool in names}
+
+
+def _slots(placement: Placement, name: str, pool: str, group: Any, resource: str) -> Slots:
+    """Return the slots of one role; those who share a device take equal parts of it, a fifth at most."""
+    occupants = len(placement.occupants(pool))
+    whole = placement.tensor_parallel if name == ENGINES else 1
+    amount = whole if occupants == 1 else min(SHARE, math.floor(1e4 / occupants) / 1e4)
+    return Slots(group, _bundles_by_node(group), amount, resource, placement.threads(name))
+
+
+def _bundles_by_node(group: Any) -> tuple[int, ...]:
+    """Return the bundle indices of a placed group, those of one node next to each other."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
+
+
+def _shortage(placement: Placement, resource: str) -> str:
+    """Return the table of what is wanted, what the cluster has, and what of it is free."""
+    has, free = ray.cluster_resources(), ray.available_resources()
+    wanted = {resource: placement.slots}
+    if resource == "GPU":
+        wanted["CPU"] = sum(len(bundles) for bundles in placement.pools.values())
+    rows = [("resource", "wanted", "in cluster", "free")]
+    rows += [(name, f"{count:g}", f"{has.get(name, 0):g}", f"{free.get(name, 0):g}") for name, count in wanted.items()]
+    table = ["  " + "".join(f"{cell:>12}" for cell in row) for row in rows]
+    return "\n".join([*placement.describe(), *table, HINT])

@@ -1,0 +1,29 @@
+"""Carries the policy's weights to the vLLM engines, in buckets through Ray's object store."""
+
+from __future__ import annotations
+
+from openrlhf.ray.group import RayGroup
+from openrlhf.ray.vllm_actor import RayEngines
+
+BUCKET_BYTES = 256 * 2**20
+
+
+class RayWeightSync:
+    """A :class:`~openrlhf.rollout.engine.WeightSync` from a policy group to vLLM engines.
+
+    Args:
+        policy: its workers have ``weight_buckets(bucket_bytes)``; all ranks take part, rank 0 has the whole weights.
+        engines: who receives them.
+        bucket_bytes: size of a bucket, give or take one parameter.
+    """
+
+    def __init__(self, policy: RayGroup, engines: RayEngines, bucket_bytes: int = BUCKET_BYTES):
+        self.policy = policy
+        self.engines = engines
+        self.bucket_bytes = bucket_bytes
+
+    def push(self, version: int) -> None:
+        """Return when every engine serves the policy's present weights under ``version``."""
+        futures = [host.publish_weights.remote(self.bucket_bytes) for host in self.policy.hosts]
+        buckets = self.policy.get(futures)[0]
+        self.engines.update_weights(buckets, version)

@@ -1,0 +1,42 @@
+"""What the PPO loop asks of whatever generates, and of whatever carries new weights to it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """Turns prompts into sampled answers."""
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Return ``sampling.n`` rollouts a prompt, those of one prompt next to each other, in the order of ``prompts``."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back while others train."""
+        ...
+
+    def wake_up(self) -> None:
+        """Undo :meth:`sleep`."""
+        ...
+
+    def health(self) -> None:
+        """Return when the engine can serve; raise :class:`~openrlhf.errors.InfraError` when it cannot."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the policy's weights to the engines."""
+
+    def push(self, version: int) -> None:
+        """Return when every engine serves the policy's present weights under ``version``."""
+        ...
+
+
+class NoWeightSync:
+    """The engine is the policy itself: nothing has to be carried."""
+
+    def push(self, version: int) -> None:
+        """Do nothing."""

@@ -1,0 +1,149 @@
+"""Sampling with the policy itself through transformers' ``generate``: the engine that works everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from openrlhf.errors import InfraError
+from openrlhf.models.actor import Actor
+from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class HFEngine:
+    """A :class:`~openrlhf.rollout.engine.RolloutEngine` around an :class:`~openrlhf.models.actor.Actor`.
+
+    Every sample has a random generator of its own, so it does not depend on what shares its batch.
+
+    Attributes:
+        policy_version: number of weight updates the policy has seen; written into the rollouts.
+    """
+
+    def __init__(
+        self, actor: Actor | Callable[[], Actor], tokenizer, micro_batch_size: int = 8, policy_version: int = 0
+    ):
+        self._actor = (lambda: actor) if isinstance(actor, nn.Module) else actor
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self.micro_batch_size = max(1, micro_batch_size)
+        self.policy_version = policy_version
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Return ``sampling.n`` rollouts a prompt, next to each other, in the order of ``prompts``."""
+        wanted = [(prompt, index) for prompt in prompts for index in range(sampling.n)]
+        rollouts: list[Rollout] = []
+        for start in range(0, len(wanted), self.micro_batch_size):
+            rollouts += self._generate_batch(wanted[start : start + self.micro_batch_size], sampling)
+        return rollouts
+
+    def sleep(self) -> None:
+        """Do nothing: the engine owns no memory of its own."""
+
+    def wake_up(self) -> None:
+        """Do nothing, as :meth:`sleep`."""
+
+    def health(self) -> None:
+        """Raise InfraError when there is no policy to sample from."""
+        if self._actor() is None:
+            raise InfraError("the Hugging Face engine has no policy to sample from")
+
+    def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        actor = self._actor()
+        seeds = [sample_seed(sampling.seed, sampling.step, prompt.uid, index) for prompt, index in wanted]
+        input_ids, attention_mask = pad_left([prompt.token_ids for prompt, _ in wanted], self.pad_id, actor.device)
+        sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
+        output = actor.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.eos_id,
+                pad_token_id=self.pad_id,
+            ),
+            logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=any(hasattr(parameter, "ds_id") for parameter in actor.parameters()),
+        )
+        answers = output[:, input_ids.shape[1] :].tolist()
+        log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
+        return [
+            self._rollout(prompt, answer, row, seed)
+            for (prompt, _), answer, row, seed in zip(wanted, answers, log_probs, seeds, strict=True)
+        ]
+
+    def _rollout(self, prompt: Prompt, answer: list[int], log_probs: list[float], seed: int) -> Rollout:
+        """Cut ``answer`` after its first end of sequence and make a rollout of it."""
+        stopped = self.eos_id in answer
+        length = answer.index(self.eos_id) + 1 if stopped else len(answer)
+        start = len(prompt.token_ids)
+        return Rollout(
+            prompt=prompt,
+            token_ids=(*prompt.token_ids, *answer[:length]),
+            action_spans=((start, start + length),),
+            log_probs=tuple(log_probs[:length]),
+            finish_reason="stop" if stopped else "length",
+            policy_version=self.policy_version,
+            seed=seed,
+        )
+
+
+class RowSampler:
+    """A logits processor that makes greedy decoding sample, each row from a random generator of its own.
+
+    The arg-max of log-probs plus Gumbel noise is a sample of the soft-max (Gumbel, 1954; arXiv:1411.0030).
+
+    Attributes:
+        log_probs: one ``(rows,)`` float32 tensor a step, of the chosen tokens at the sampling temperature (at 1 when
+            decoding is greedy), before ``top_p`` cuts.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float, device: torch.device):
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+        self.top_p = top_p
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` (rows, V) such that the largest of each row is the sampled token."""
+        log_probs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
+        perturbed = log_probs
+        if self.temperature > 0:
+            perturbed = nucleus(log_probs, self.top_p) + self._gumbel(log_probs)
+        chosen = perturbed.argmax(dim=-1, keepdim=True)
+        self.log_probs.append(log_probs.gather(-1, chosen).squeeze(-1))
+        return perturbed
+
+    def _gumbel(self, like: Tensor) -> Tensor:
+        """Return standard Gumbel noise, row ``i`` from generator ``i``."""
+        noise = torch.empty_like(like)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return -noise.log()
+
+
+def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
+    """Return ``log_probs`` (rows, V), the lowest number outside the smallest set of mass ``top_p``."""
+    if top_p >= 1.0:
+        return log_probs
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+    outside = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    outside.scatter_(-1, order[:, :1], False)
+    return log_probs.masked_fill(outside, LOWEST)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ``(input_ids (B, S), attention_mask (B, S))`` int64 of ``rows`` padded on the left."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, width - len(row) :] = 1
+    return input_ids.to(device), attention_mask.to(device)

@@ -1,0 +1,121 @@
+"""How the processes of a run talk: a small interface, alone or over torch.distributed, where every wait has a deadline."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from openrlhf.errors import InfraError, UsageError
+
+OPERATIONS = ("sum", "max", "mean")
+
+
+class Comm(Protocol):
+    """The ranks of one group of processes. Every method but the attributes must be called by all of them."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
+        """Return ``value`` combined over the ranks by ``op`` (``sum``, ``max`` or ``mean``); a new tensor, or a float."""
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the ``value`` of every rank, in rank order."""
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """Return the ``value`` of rank ``src``."""
+
+    def barrier(self, label: str, timeout_s: float | None = None) -> None:
+        """Wait for all ranks. Raises ``InfraError`` that names ``label`` when one is missing after ``timeout_s``."""
+
+
+def _check_operation(op: str) -> None:
+    if op not in OPERATIONS:
+        raise UsageError(f"all_reduce knows {', '.join(OPERATIONS)}, not {op!r}")
+
+
+class SoloComm:
+    """One process: everything is the identity."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
+        """Return ``value``: a copy of a tensor, or a float."""
+        _check_operation(op)
+        return value.clone() if isinstance(value, torch.Tensor) else float(value)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return ``[value]``."""
+        return [value]
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """Return ``value``."""
+        return value
+
+    def barrier(self, label: str, timeout_s: float | None = None) -> None:
+        """Return at once."""
+
+
+class TorchComm:
+    """The default process group of torch.distributed.
+
+    Tensors travel over that group (NCCL or gloo). Numbers, objects and barriers take a gloo group of their own, whose
+    barrier can say which rank is missing. ``timeout_s`` is the deadline of every wait, in seconds.
+    """
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
+        """Return ``value`` combined over the ranks; a float takes part in double precision. Raises ``InfraError``."""
+        _check_operation(op)
+        is_tensor = isinstance(value, torch.Tensor)
+        total = value.clone() if is_tensor else torch.tensor(float(value), dtype=torch.float64)
+        with waiting(f"all_reduce({op})", self.timeout_s):
+            reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(total, op=reduction, group=None if is_tensor else self._control)
+        if op == "mean":
+            total = total / self.world_size
+        return total if is_tensor else total.item()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return the picklable ``value`` of every rank, in rank order. Raises ``InfraError``."""
+        values: list[Any] = [None] * self.world_size
+        with waiting("all_gather_object", self.timeout_s):
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """Return the picklable ``value`` of rank ``src``. Raises ``InfraError``."""
+        box = [value]
+        with waiting(f"broadcast_object from rank {src}", self.timeout_s):
+            dist.broadcast_object_list(box, src=src, group=self._control)
+        return box[0]
+
+    def barrier(self, label: str, timeout_s: float | None = None) -> None:
+        """Wait for all ranks, ``timeout_s`` seconds at most. Raises ``InfraError`` that names ``label``."""
+        limit = timeout_s or self.timeout_s
+        with waiting(f"the barrier {label!r}", limit):
+            dist.monitored_barrier(group=self._control, timeout=timedelta(seconds=limit), wait_all_ranks=True)
+
+
+@contextmanager
+def waiting(what: str, timeout_s: float):
+    """Turn the failure of a collective inside into an ``InfraError`` that says in what this rank was waiting."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in ("gloo", "barrier")):
+            raise
+        raise InfraError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} gave up in {what} (deadline {timeout_s:g} s, "
+            f"--collective_timeout): {error}"
+        ) from error

@@ -1,0 +1,82 @@
+"""From an engine or a module to a Hugging Face folder that anyone can load: full weights, config, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from openrlhf.errors import InfraError
+from openrlhf.models.backbone import quiet
+from openrlhf.strategy import files
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine, named_weights
+
+MAX_SHARD_SIZE = "5GB"
+WAIT_S = 3600.0
+
+
+def unwrap(source: TrainEngine | nn.Module) -> tuple[nn.Module, Callable[[str], str]]:
+    """Return the Hugging Face model inside an engine, an Actor or a ValueModel, and how its weights are named in files."""
+    module, name_in_file = source, _same
+    while not hasattr(module, "save_pretrained"):
+        name_in_file = getattr(module, "export_name", name_in_file)
+        module = module.module if hasattr(module, "module") else module.model
+    return module, name_in_file
+
+
+def export_model(
+    source: TrainEngine | nn.Module,
+    strategy: DeepSpeedStrategy,
+    path: str | Path,
+    tokenizer: Any = None,
+) -> None:
+    """Write the model of ``source`` to ``path``: safetensors, config and, if given, the tokenizer.
+
+    All ranks must call it; rank 0 writes. The folder is there whole or not at all, and an older model in it is replaced
+    only by a whole new one; other files in it stay. Wrappers name their weights with ``export_name``.
+    Raises ``InfraError`` on all ranks when the disk refuses.
+    """
+    path = Path(path)
+    model, name_in_file = unwrap(source)
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in named_weights(model, strategy):
+        if strategy.rank == 0:
+            state[name_in_file(name)] = tensor
+    problem = _write(model, state, path, tokenizer) if strategy.rank == 0 else None
+    strategy.comm.barrier(f"export to {path}", WAIT_S)
+    problem = strategy.comm.broadcast_object(problem)
+    if problem:
+        raise InfraError(f"cannot export the model to {path}: {problem}")
+
+
+def _write(model: nn.Module, state: dict[str, torch.Tensor], path: Path, tokenizer: Any) -> str | None:
+    """Write beside, or inside an existing ``path``, then put into place; return what went wrong."""
+    staging = path / ".export.tmp" if path.is_dir() else path.with_name(path.name + ".part")
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+        with quiet():
+            model.save_pretrained(staging, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        files.publish_model(staging, path)
+    # safetensors reports a full disk by an error class of its own, which is a plain Exception.
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        return str(error)
+    return None
+
+
+def _same(name: str) -> str:
+    return name
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError

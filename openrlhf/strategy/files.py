@@ -1,0 +1,89 @@
+"""Writing folders that are either whole or not there: hashes, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+BLOCK = 1 << 22
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
+INDEX_SUFFIX = ".index.json"
+
+
+def sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(root: Path, files: bool = True) -> None:
+    """Wait until every folder under ``root``, and with ``files`` every file, is on the disk."""
+    for folder, _, names in os.walk(root):
+        for name in names if files else ():
+            fsync(Path(folder, name))
+        fsync(Path(folder))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    path.write_text(text)
+    fsync(path)
+
+
+def tree_size(root: Path) -> int:
+    """Return the bytes of the files under ``root``."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Rename the whole folder ``staging`` to ``target``; an older ``target`` is kept as ``.old`` until that is done."""
+    old = target.with_name(target.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    fsync(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def publish_model(staging: Path, target: Path) -> None:
+    """Move a written Hugging Face model into place so that ``target`` never mixes the weights of two models.
+
+    A new ``target`` appears by one rename. An existing one may hold other things (checkpoints, logs), which stay. There
+    the files are moved one by one, the index of sharded weights is taken away first and comes last, and shards that
+    the new model does not have are removed: at any moment the folder loads the old model, the new one, or nothing.
+    """
+    fsync_tree(staging)
+    if not target.exists():
+        staging.rename(target)
+        fsync(target.parent)
+        return
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name.endswith(INDEX_SUFFIX), name))
+    for index in target.glob("*" + INDEX_SUFFIX):
+        index.unlink()
+    stale = {path for pattern in WEIGHTS for path in target.glob(pattern)}
+    for path in stale if any(name.endswith(INDEX_SUFFIX) for name in names) else ():
+        path.unlink()
+    for name in names:
+        os.replace(staging / name, target / name)
+    for path in stale:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    staging.rmdir()
+    fsync(target)

@@ -1,0 +1,113 @@
+"""The terminal of a run: our lines on it, everything that libraries write in the log. Light to import: no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+OURS = logging.getLogger("openrlhf")
+SECONDS_BETWEEN_LINES = 15.0
+"""How often progress is written where it cannot be one line that updates itself."""
+
+
+class Console:
+    """The terminal of a run: lines that stay, and one status line that updates itself. Only rank 0 speaks."""
+
+    def __init__(self, stream: TextIO, quiet: bool = False):
+        self._stream, self._quiet = stream, quiet
+        self._live = stream.isatty()
+        self._status, self._last = "", float("-inf")
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+        if self._quiet:
+            return
+        erase = "\r\x1b[2K" if self._status else ""
+        self._stream.write(f"{erase}{text}\n{self._status}")
+        self._stream.flush()
+
+    def status(self, text: str, at_once: bool = False) -> None:
+        """Show where the run stands; off a terminal a line each few seconds, or ``at_once``."""
+        if self._quiet:
+            return
+        if self._live:
+            self._status = text[: self._columns() - 1]
+            self._stream.write(f"\r\x1b[2K{self._status}")
+            self._stream.flush()
+        elif at_once or time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self.line(text)
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            return 120
+
+    def settle(self) -> None:
+        """Leave the status line as it is and go on below it."""
+        if self._status:
+            self._status = ""
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+@contextmanager
+def noise_to(log_file: Path) -> Iterator[TextIO]:
+    """Point file descriptors 1 and 2 at ``log_file`` (appended) and yield the terminal that was stdout."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    target = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    try:
+        with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
+            yield terminal
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console):
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.line(record.getMessage())
+
+
+@contextmanager
+def our_lines(console: Console) -> Iterator[Console]:
+    """Send the ``openrlhf`` loggers to the console and the log for as long as the block lasts."""
+    to_log = logging.StreamHandler(os.fdopen(os.dup(2), "w", encoding="utf-8"))
+    to_log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    handlers = [_ConsoleHandler(console), to_log]
+    before = OURS.level, OURS.propagate
+    OURS.setLevel(logging.DEBUG)
+    OURS.propagate = False
+    for handler in handlers:
+        OURS.addHandler(handler)
+    try:
+        yield console
+    finally:
+        console.settle()
+        for handler in handlers:
+            OURS.removeHandler(handler)
+        to_log.stream.close()
+        OURS.level, OURS.propagate = before[0], before[1]

@@ -1,0 +1,168 @@
+"""Where metrics go: ``metrics.jsonl`` always, TensorBoard or Weights & Biases when asked. The door to both.
+
+A logger never raises into training: what it could not write is counted, and said once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openrlhf.config.groups import LoggingConfig
+
+LOG = logging.getLogger(__name__)
+
+
+class Logger:
+    """Takes named numbers. Subclasses write them in ``_open``, ``_write`` and ``_close``, which may fail."""
+
+    expected: tuple[type[Exception], ...] = (
+        OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError
+    )  # fmt: skip
+
+    def __init__(self, secret: str = ""):
+        """``secret`` is kept out of what is said about failures."""
+        self.failures = 0
+        self._secret = secret
+
+    def start(self, step: int) -> None:
+        """Begin, or go on after ``step``; what an interrupted run logged beyond it is dropped where that can be."""
+        self._guard(self._open, step)
+
+    def log(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Write ``values`` of ``phase`` (``"train"`` or ``"eval"``) at optimizer step ``step`` of ``epoch``."""
+        self._guard(self._write, phase, step, epoch, values)
+
+    def close(self) -> None:
+        """Write out what is buffered, and say how much was lost."""
+        self._guard(self._close)
+        if self.failures:
+            LOG.warning("%s: %d writes failed", type(self).__name__, self.failures)
+
+    def _guard(self, call, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except self.expected as error:
+            self.failures += 1
+            if self.failures == 1:
+                reason = str(error).replace(self._secret, "***") if self._secret else str(error)
+                LOG.warning("%s failed (%s: %s); training goes on", type(self).__name__, type(error).__name__, reason)
+
+    def _open(self, step: int) -> None:
+        """Open what is written to."""
+
+    def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Write one set of numbers."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Close it."""
+
+
+class JsonlLogger(Logger):
+    """``metrics.jsonl``: a JSON object a line with ``step``, ``epoch``, ``phase`` and the metrics; NaN is null."""
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self._path = Path(path)
+        self._file = None
+
+    def _open(self, step: int) -> None:
+        """Keep the lines up to ``step``, drop later or torn ones, and append from there."""
+        kept = [line for line in self._lines() if self._step_of(line) <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+
+    @staticmethod
+    def _step_of(line: str) -> float:
+        """Return the step of a line; infinity for a line that a crash cut short."""
+        try:
+            return json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            return math.inf
+
+    def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "epoch": epoch, "phase": phase, **finite}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorboardLogger(Logger):
+    """Scalars ``train/<name>`` and ``eval/<name>`` in ``<directory>/<run name>``."""
+
+    def __init__(self, directory: str, run_name: str):
+        super().__init__()
+        self._folder, self._writer = os.path.join(directory, run_name), None
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
+
+    def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{phase}/{name}", value, step)
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbLogger(Logger):
+    """A Weights & Biases run with ``train/*`` over ``train/global_step`` and ``eval/*`` over ``eval/global_step``."""
+
+    def __init__(self, config: LoggingConfig, flags: Mapping[str, Any], folder: str | Path):
+        """``flags`` is the saved configuration, without the key; ``folder`` takes wandb's own files."""
+        self._key = config.use_wandb if config.use_wandb and config.use_wandb.lower() != "true" else ""
+        super().__init__(secret=self._key)
+        self._config, self._flags, self._folder, self._run = config, dict(flags), str(folder), None
+
+    def _open(self, step: int) -> None:
+        import wandb
+
+        self.expected = (*type(self).expected, wandb.Error)
+        if self._key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+            wandb.login(key=self._key)
+        self._run = wandb.init(
+            entity=self._config.wandb_org,
+            project=self._config.wandb_project,
+            group=self._config.wandb_group,
+            name=self._config.wandb_run_name,
+            config=self._flags,
+            dir=self._folder,
+            settings=wandb.Settings(console="off", init_timeout=30),
+        )
+        for phase in ("train", "eval"):
+            self._run.define_metric(f"{phase}/global_step")
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/global_step")
+
+    def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        named = {f"{phase}/{name}": value for name, value in values.items()}
+        self._run.log({**named, f"{phase}/global_step": step, f"{phase}/epoch": epoch})
+
+    def _close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def build_loggers(config: LoggingConfig, flags: Mapping[str, Any], folder: str | Path) -> list[Logger]:
+    """Return the loggers that the flags ask for beside ``metrics.jsonl``; TensorBoard only where wandb is not used."""
+    if config.use_wandb:
+        return [WandbLogger(config, flags, folder)]
+    if config.use_tensorboard:
+        return [TensorboardLogger(config.use_tensorboard, config.wandb_run_name)]
+    return []

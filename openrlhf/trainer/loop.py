@@ -1,0 +1,259 @@
+"""The supervised loop, written once. An algorithm says what a batch weighs and what its loss is; the rest is here.
+
+One optimizer step reads a list of micro-batches a rank. Their weights (loss tokens, pairs) are added over the step and
+over all ranks before the first backward, and every loss is a sum divided by that number: the gradient does not depend
+on how the batch was cut. What happens between steps (progress, logs, evaluation, checkpoints) is in ``callbacks.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from openrlhf.config.groups import BatchConfig
+from openrlhf.datasets.sampler import StepSampler
+from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
+
+
+class StepOutput(NamedTuple):
+    """What an algorithm makes of one micro-batch.
+
+    Attributes:
+        loss_sum: scalar, the loss summed over the batch's weight.
+        aux_loss: scalar, already times its coefficient; averaged over micro-batches.
+        metrics: name -> ``(sum, count)``, both scalars.
+    """
+
+    loss_sum: Tensor
+    aux_loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Position:
+    """Where a run stands: the next step is step ``step`` of ``epoch``, both counted from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    consumed_samples: int = 0
+
+
+def total_steps(rows: int, batch: BatchConfig) -> int:
+    """Return the optimizer steps of a run over ``rows``; the last step of an epoch may be short."""
+    return batch.max_epochs * math.ceil(rows / batch.train_batch_size)
+
+
+class Trainer:
+    """The supervised loop. Subclasses give :meth:`weight` and :meth:`compute_loss`, and name their metrics.
+
+    ``window_names`` maps a metric to the name of its mean since the last log line, ``eval_names`` to its name in an
+    evaluation.
+    """
+
+    window_names: ClassVar[Mapping[str, str]] = {"loss": "loss_mean"}
+    eval_names: ClassVar[Mapping[str, str]] = {"loss": "eval_loss"}
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        strategy: DeepSpeedStrategy,
+        train_data: Any,
+        eval_data: Any,
+        batch: BatchConfig,
+        callbacks: Sequence[Callback] = (),
+    ):
+        """``train_data`` and ``eval_data`` have a length, items and ``collate(items)``; no eval rows is fine."""
+        self.engine, self.strategy, self.comm = engine, strategy, strategy.comm
+        self.train_data, self.eval_data, self.batch = train_data, eval_data, batch
+        self.sampler = self._sampler(
+            len(train_data), batch.train_batch_size, shuffle=True, lengths=getattr(train_data, "lengths", None)
+        )
+        self.callbacks = Callbacks(callbacks)
+        self.window = MeanWindow(self.window_names)
+        self.position = Position()
+
+    def weight(self, batch) -> Tensor:
+        """Return what the loss of ``batch`` is divided by, e.g. its loss tokens or pairs, as a scalar tensor."""
+        raise NotImplementedError
+
+    def compute_loss(self, batch) -> StepOutput:
+        """Return the loss of one micro-batch; evaluation calls it too, without gradients."""
+        raise NotImplementedError
+
+    def prepare(self, batches: list) -> None:
+        """Look at all micro-batches of a step before its first backward; most algorithms need not."""
+
+    def finish(self) -> None:
+        """Do what is left when the last step is done, before the last callbacks."""
+
+    def train_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
+        """Return what a training step logs of its metrics."""
+        return {name: mean.value for name, mean in totals.items()}
+
+    def eval_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
+        """Return what an evaluation logs."""
+        return {name: totals[metric].value for metric, name in self.eval_names.items()}
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done since the run began."""
+        return self.position.global_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.sampler.steps_per_epoch
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(len(self.train_data), self.batch)
+
+    @property
+    def max_epochs(self) -> int:
+        """Passes over the data."""
+        return self.batch.max_epochs
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 1, of the step that was done last."""
+        return max(0, self.global_step - 1) // self.steps_per_epoch + 1
+
+    @final
+    def fit(self) -> None:
+        """Train from the present position, which a checkpoint may have set, to the end of the last epoch."""
+        self.callbacks.restore(self)
+        self.callbacks.on_start(self)
+        self.engine.train()
+        for epoch in range(self.position.epoch, self.batch.max_epochs):
+            for rows in self.sampler.epoch(epoch, start_step=self.position.step):
+                metrics = self._train_step(rows)
+                self.callbacks.on_step_end(self, metrics)
+        self.finish()
+        self.callbacks.on_end(self)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics over all evaluation rows, and tell the callbacks."""
+        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data)))
+        self.callbacks.on_evaluate(self, values)
+        return values
+
+    @torch.no_grad()
+    def measure(self, data: Any, n_rows: int) -> dict[str, Mean]:
+        """Return the metrics of the first ``n_rows`` of ``data``, over all ranks, in evaluation mode."""
+        micro = self.batch.micro_train_batch_size
+        sums = MetricSums()
+        self.engine.eval()
+        for step in self._sampler(n_rows, micro * self.strategy.world_size, shuffle=False).epoch(0):
+            for rows in step:
+                sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=bool(rows))
+        self.engine.train()
+        return sums.reduce(self.comm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run's position and what it must agree with, for JSON."""
+        return {"position": asdict(self.position), "window": self.window.state_dict(), "data": self._data_facts()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved position; raise UsageError when it counts steps of other data or batches."""
+        facts = self._data_facts()
+        problems = [
+            f"the checkpoint was written with {name} {state['data'][name]}, this run has {value}: "
+            "continue with the same value, or start without --load_checkpoint"
+            for name, value in facts.items()
+            if state["data"][name] != value
+        ]
+        if problems:
+            raise UsageError(problems)
+        self.position = Position(**state["position"])
+        self.window.load_state_dict(state["window"])
+
+    def _data_facts(self) -> dict[str, int]:
+        """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
+        return {
+            "rows": len(self.train_data),
+            "tokens": sum(self.sampler.lengths or ()),
+            "train_batch_size": self.batch.train_batch_size,
+            "seed": self.batch.seed,
+        }
+
+    def _sampler(self, n_rows: int, rows_per_step: int, **order: Any) -> StepSampler:
+        return StepSampler(
+            n_rows,
+            rows_per_step,
+            self.batch.micro_train_batch_size,
+            self.batch.seed,
+            rank=self.strategy.rank,
+            world_size=self.strategy.world_size,
+            **order,
+        )
+
+    def _collate(self, data: Any, rows: list[int]):
+        return data.collate([data[row] for row in rows]).to(self.strategy.device)
+
+    def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
+        """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
+        began = time.perf_counter()
+        batches = [self._collate(self.train_data, micro) for micro in rows]
+        self.prepare(batches)
+        weight, micro_batches = self._step_weight(rows, batches)
+        sums, losses = MetricSums(), []
+        for micro, batch in zip(rows, batches, strict=True):
+            output = self.compute_loss(batch)
+            loss = output.loss_sum + output.aux_loss * (weight / micro_batches)
+            # A rank without rows works on a dummy row, so that all ranks run the same collectives.
+            self.engine.backward(loss if micro else loss * 0.0, weight)
+            losses.append(loss.detach())
+            tokens = batch.attention_mask.sum()
+            sums.add({**output.metrics, "loss and tokens": (loss, tokens)}, counted=bool(micro))
+        totals = sums.reduce(self.comm)
+        loss_sum, tokens = totals.pop("loss and tokens")
+        self._check_finite(loss_sum, rows, losses)
+        result = self.engine.step()
+        self._advance()
+        speed = tokens / (time.perf_counter() - began)
+        step = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": speed}
+        return {**self.train_values(totals), **self.window.add(totals), **step}
+
+    def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
+        """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""
+        weights = [self.weight(batch) for micro, batch in zip(rows, batches, strict=True) if micro]
+        total = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
+        if weights:
+            total[0], total[1] = torch.stack(weights).sum(), len(weights)
+        weight, micro_batches = self.comm.all_reduce(total).tolist()
+        if weight == 0:
+            raise DataError(f"step {self.global_step + 1}: none of its rows has anything to learn from")
+        return weight, micro_batches
+
+    def _check_finite(self, loss_sum: float, rows: list[list[int]], losses: list[Tensor]) -> None:
+        """Raise on all ranks, before the weights change, when a loss of the step is not finite."""
+        if math.isfinite(loss_sum):
+            return
+        here = [row for micro, loss in zip(rows, losses, strict=True) if not torch.isfinite(loss) for row in micro]
+        bad = sorted(row for found in self.comm.all_gather_object(here) for row in found)
+        raise NumericError(
+            f"step {self.global_step + 1}: the loss is {loss_sum} in the micro-batches of training rows {bad} "
+            "(counted from 0, after filtering); the weights were not changed. A lower --learning_rate, or a look at "
+            "these rows, is the usual way on"
+        )
+
+    def _advance(self) -> None:
+        here = self.position
+        here.global_step += 1
+        here.step += 1
+        here.consumed_samples = here.epoch * len(self.train_data) + min(
+            here.step * self.batch.train_batch_size, len(self.train_data)
+        )
+        if here.step == self.steps_per_epoch:
+            here.epoch, here.step = here.epoch + 1, 0

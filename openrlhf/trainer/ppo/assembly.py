@@ -1,0 +1,113 @@
+"""From log-probs, values and scores to experiences, on one rank: KL, token rewards, advantages, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from openrlhf.config.ppo import AlgorithmConfig, PPOConfig
+from openrlhf.ops.advantages import discounted_returns, gae
+from openrlhf.ops.kl import approx_kl
+from openrlhf.ops.masking import masked_sum
+from openrlhf.ops.token_rewards import token_rewards
+from openrlhf.rollout.types import Experience, SequenceBatch
+
+
+def scoring_temperature(config: PPOConfig) -> float:
+    """Return the temperature of all log-probs: that of the rollouts; 1 where those are greedy."""
+    return config.rollout.temperature or 1.0
+
+
+def close_with_eos(sequences: Tensor, attention_mask: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
+    """Return copies ``(B, S + 1)`` in which every row ends with ``eos_id``: what a reward model was trained to read.
+
+    Rows that end with it already stay as they are. The sampled tokens themselves are never changed.
+    """
+    rows = torch.arange(len(sequences), device=sequences.device)
+    lengths = attention_mask.sum(dim=1)
+    cut = sequences[rows, lengths - 1] != eos_id
+    sequences = torch.nn.functional.pad(sequences, (0, 1))
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, 1))
+    sequences[rows[cut], lengths[cut]] = eos_id
+    attention_mask[rows[cut], lengths[cut]] = True
+    return sequences, attention_mask
+
+
+def make_experience(
+    algorithm: AlgorithmConfig,
+    batch: SequenceBatch,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor | None,
+    scores: Tensor,
+    shaped: Tensor,
+    *,
+    kl_coef: float,
+) -> Experience:
+    """Return the experience of one shard.
+
+    Args:
+        algorithm: the estimator and its constants.
+        batch: the sequences.
+        log_probs: ``(B, T)`` of the policy.
+        ref_log_probs: ``(B, T)`` of the reference.
+        values: ``(B, T)`` of the critic, or None: then advantages and returns are both the discounted returns.
+        scores: ``(B,)`` what the reward sources gave.
+        shaped: ``(B,)`` the clipped scores after the group baseline.
+        kl_coef: weight of the KL in the token rewards.
+    """
+    mask = batch.action_mask
+    nothing = torch.zeros(())
+    kl = approx_kl(log_probs - ref_log_probs, "k3" if algorithm.use_kl_estimator_k3 else "k1")
+    kl = torch.where(mask, kl, nothing)
+    rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef)
+    if values is None:
+        values = torch.zeros_like(log_probs)
+        returns = discounted_returns(rewards, mask, algorithm.gamma)
+        advantages = returns
+    else:
+        advantages, returns = gae(values, rewards, mask, algorithm.gamma, algorithm.lambd)
+    return Experience(**vars(batch), log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl, scores=scores,
+                      values=values, advantages=advantages, returns=returns)  # fmt: skip
+
+
+SUMS = ("actions", "kl", "log_probs", "advantages", "squared_advantages", "sync_gap")
+
+
+def experience_statistics(experience: Experience) -> dict[str, float]:
+    """Return sums over the actions of one shard in double precision, and ``sync_gap_max``, a maximum.
+
+    ``sync_gap`` is the absolute difference between the log-probs of the engine that sampled and of the policy.
+    """
+    mask = experience.action_mask
+    gap = torch.where(mask, (experience.rollout_log_probs - experience.log_probs).double().abs(), 0.0)
+    advantages = experience.advantages.double()
+    sums = {
+        "actions": mask,
+        "kl": experience.kl.double(),
+        "log_probs": experience.log_probs.double(),
+        "advantages": advantages,
+        "squared_advantages": advantages.square(),
+        "sync_gap": gap,
+    }
+    found = {name: float(masked_sum(value, mask)) for name, value in sums.items()}
+    return {**found, "sync_gap_max": float(gap.max()) if gap.numel() else 0.0}
+
+
+def add_statistics(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the statistics of several shards, or of several ranks, as those of one."""
+    parts = list(parts)
+    sums = {name: sum(part[name] for part in parts) for name in SUMS}
+    # A NaN must survive: max() would drop it.
+    gaps = torch.tensor([part["sync_gap_max"] for part in parts] or [0.0], dtype=torch.float64)
+    return {**sums, "sync_gap_max": float(gaps.max())}
+
+
+def whitening(statistics: dict[str, float]) -> tuple[float, float]:
+    """Return mean and 1 / standard deviation (population, variance at least 1e-8) of the advantages of all actions."""
+    count = max(1.0, statistics["actions"])
+    mean = statistics["advantages"] / count
+    variance = statistics["squared_advantages"] / count - mean * mean
+    return mean, max(variance, 1e-8) ** -0.5

@@ -1,0 +1,128 @@
+"""What a person reads besides curves: figures on held-out prompts, and sampled answers before, during and after."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.rollout.engine import RolloutEngine
+from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.trainer.ppo.experience import ExperienceMaker
+
+SHOWN = 16
+"""Answers kept of one evaluation temperature."""
+SHOWN_IN_TRAINING = 4
+"""Rollouts kept of one training step."""
+
+
+@dataclass
+class SampleLog:
+    """``samples.jsonl``: one sampled answer a line, with ``when`` ("before", "after" or "train") and its scores."""
+
+    path: Path
+    tokenizer: Any
+
+    def start(self, step: int) -> None:
+        """Begin anew at step 0; else keep what was written up to ``step``, not what was interrupted after it."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if step else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(
+        self,
+        when: str,
+        step: int,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[float],
+        true_scores: Sequence[float] | None,
+        count: int,
+        temperature: float,
+    ) -> None:
+        """Append ``count`` of the rollouts, spread evenly over them."""
+        count = min(count, len(rollouts))
+        with self.path.open("a", encoding="utf-8") as file:
+            for index in (len(rollouts) * number // count for number in range(count)):
+                rollout = rollouts[index]
+                line = {
+                    "when": when,
+                    "step": step,
+                    "temperature": temperature,
+                    "uid": rollout.prompt.uid,
+                    "prompt": rollout.prompt.text,
+                    "response": self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True),
+                    "finish_reason": rollout.finish_reason,
+                    "reward": scores[index],
+                    "label": rollout.prompt.label,
+                    "true_score": true_scores[index] if true_scores is not None else None,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+class Evaluator:
+    """Answers the evaluation prompts at every ``--eval_temperature`` and scores the answers.
+
+    The seeds do not depend on the step, so that two evaluations differ by the weights alone.
+
+    Args:
+        config: the run.
+        prompts: the evaluation prompts; none is fine, then nothing is evaluated.
+        engine: who samples.
+        maker: who scores.
+        samples: where some answers are kept.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        prompts: Sequence[Prompt],
+        engine: RolloutEngine,
+        maker: ExperienceMaker,
+        samples: SampleLog,
+    ):
+        self.config = config
+        self.prompts = list(prompts)
+        self.engine = engine
+        self.maker = maker
+        self.samples = samples
+
+    def evaluate(self, step: int, when: str) -> dict[str, float]:
+        """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after"."""
+        values: dict[str, float] = {}
+        for temperature in self.config.evaluation.eval_temperature:
+            rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
+            scores, true_scores = self.maker.score(rollouts)
+            rows, name = len(rollouts), f"t{temperature:g}"
+            values[f"reward_{name}"] = sum(scores) / rows
+            values[f"response_length_{name}"] = sum(rollout.num_actions for rollout in rollouts) / rows
+            values[f"truncated_rate_{name}"] = sum(rollout.finish_reason == "length" for rollout in rollouts) / rows
+            if true_scores is not None:
+                values[f"true_score_{name}"] = sum(true_scores) / rows
+            if when in ("before", "after"):
+                self.samples.write(when, step, rollouts, scores, true_scores, SHOWN, temperature)
+        return values
+
+    def _sampling(self, temperature: float) -> SamplingParams:
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_new_tokens=rollout.generate_max_len,
+            temperature=temperature,
+            top_p=rollout.top_p,
+            n=self.config.evaluation.eval_n_samples_per_prompt,
+            seed=self.config.batch.seed,
+            step=0,
+        )

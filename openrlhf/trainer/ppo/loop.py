@@ -1,0 +1,244 @@
+"""The PPO loop: prompts, rollouts, experiences, update, weight sync. It reads the same wherever the workers live.
+
+The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.experience.Roles` say where the
+models are. What happens between rollout steps (progress, logs, evaluation, checkpoints) are callbacks, shared with the
+supervised loop: ``global_step`` counts rollout steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import DataError, UsageError
+from openrlhf.rollout.engine import RolloutEngine, WeightSync
+from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+
+
+def steps_per_episode(config: PPOConfig, prompts: int) -> int:
+    """Return the rollout steps of one pass over the prompts; the last may be short."""
+    return math.ceil(prompts / config.rollout.rollout_batch_size)
+
+
+def optimizer_steps(config: PPOConfig, prompts: int) -> int:
+    """Return the optimizer steps of a run, which are the length of the learning-rate schedule."""
+    rollout, batch = config.rollout, config.batch
+    full, rest = divmod(prompts, rollout.rollout_batch_size)
+    sizes = [rollout.rollout_batch_size] * full + [rest] * bool(rest)
+    steps = sum(math.ceil(size * rollout.n_samples_per_prompt / batch.train_batch_size) for size in sizes)
+    return rollout.num_episodes * steps * batch.max_epochs
+
+
+class PPOLoop:
+    """Trains a policy on its own samples.
+
+    Args:
+        config: the run.
+        roles: groups of workers.
+        engine: who samples.
+        weight_sync: who carries new weights to the engine.
+        maker: who turns rollouts into experiences.
+        prompts: all training prompts.
+        evaluator: evaluation prompts and the log of samples.
+        callbacks: what happens between rollout steps.
+
+    Attributes:
+        global_step: rollout steps done since the run began; also the version of the policy's weights.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        roles: Roles,
+        engine: RolloutEngine,
+        weight_sync: WeightSync,
+        maker: ExperienceMaker,
+        prompts: Sequence[Prompt],
+        evaluator: Evaluator,
+        callbacks: Sequence[Callback] = (),
+    ):
+        if not len(prompts):
+            raise DataError("there are no prompts to train on")
+        self.config, self.roles, self.engine, self.weight_sync = config, roles, engine, weight_sync
+        self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
+        self.callbacks = Callbacks(callbacks)
+        self.global_step = 0
+        self._seconds: dict[str, float] = {}
+        self._engine_sleeps = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Rollout steps of one pass over the prompts."""
+        return steps_per_episode(self.config, len(self.prompts))
+
+    @property
+    def max_steps(self) -> int:
+        """Rollout steps of the run."""
+        return self.max_epochs * self.steps_per_epoch
+
+    @property
+    def max_epochs(self) -> int:
+        """Passes over the prompts."""
+        return self.config.rollout.num_episodes
+
+    @property
+    def epoch(self) -> int:
+        """The pass, counted from 1, of the rollout step that was done last."""
+        return max(0, self.global_step - 1) // self.steps_per_epoch + 1
+
+    @property
+    def eval_data(self) -> list[Prompt]:
+        """The evaluation prompts."""
+        return self.evaluator.prompts
+
+    def fit(self) -> None:
+        """Train from the present position, which a checkpoint may have set, to the end of the last episode."""
+        self.callbacks.restore(self)
+        self.callbacks.on_start(self)
+        self.evaluator.samples.start(self.global_step)
+        self._sync()
+        if self.global_step == 0 and self.eval_data:
+            self.evaluate()
+        for prompts in self.prompt_batches():
+            began = time.perf_counter()
+            rollouts = self._generate(prompts)
+            with self._clock("make_experience"):
+                experiences = self.maker.make(rollouts)
+            with self._clock("train"):
+                learned = self.update(experiences)
+            self.global_step += 1
+            self._sync()
+            self._keep_samples(experiences)
+            metrics = {**experiences.metrics, **learned, **self._times(time.perf_counter() - began)}
+            self.callbacks.on_step_end(self, metrics)
+        self.callbacks.on_end(self)
+
+    def prompt_batches(self) -> Iterator[list[Prompt]]:
+        """Yield the prompts of the steps that are left; every episode has an order of its own."""
+        size = self.config.rollout.rollout_batch_size
+        while self.global_step < self.max_steps:
+            episode, step = divmod(self.global_step, self.steps_per_epoch)
+            order = _episode_order(len(self.prompts), self.config.batch.seed, episode)
+            yield [self.prompts[row] for row in order[step * size : (step + 1) * size]]
+
+    def update(self, experiences: Experiences) -> dict[str, float]:
+        """Train the policy and the critic at once and return their metrics over all ranks."""
+        step, pending = self.global_step + 1, []
+        if self.roles.critic:
+            futures = self.roles.critic.run(CriticWorker.update, experiences.shards, rollout=step)
+            pending.append(("critic", self.roles.critic, futures))
+        if step > self.config.algorithm.freezing_actor_steps:
+            futures = self.roles.policy.run(
+                PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
+            )
+            pending.append(("actor", self.roles.policy, futures))
+        metrics: dict[str, float] = {}
+        for role, group, futures in pending:
+            learned = group.get(futures)[0]
+            own = {f"{role}_{name}": learned.pop(name) for name in ("lr", "grad_norm")}
+            metrics |= {**learned, **own}
+        self.maker.kl_controller.update(experiences.kl, len(experiences.rollouts))
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the figures on the evaluation prompts, and tell the callbacks."""
+        when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
+        values = self.evaluator.evaluate(self.global_step, when)
+        self.callbacks.on_evaluate(self, values)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the driver's part of a checkpoint, for JSON: position, KL coefficient, and what both rest on."""
+        return {
+            "global_step": self.global_step,
+            "policy_version": self.global_step,
+            "kl_controller": self.maker.kl_controller.state_dict(),
+            "data": self._data_facts(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved position; raise UsageError when it counts steps of other prompts or batches."""
+        facts = self._data_facts()
+        problems = [
+            f"the checkpoint was written with {name} {state['data'][name]}, this run has {value}: "
+            "continue with the same value, or start without --load_checkpoint"
+            for name, value in facts.items()
+            if state["data"][name] != value
+        ]
+        if problems:
+            raise UsageError(problems)
+        self.global_step = int(state["global_step"])
+        self.maker.kl_controller.load_state_dict(state["kl_controller"])
+
+    def _data_facts(self) -> dict[str, int]:
+        rollout, batch = self.config.rollout, self.config.batch
+        return {
+            "prompts": len(self.prompts),
+            "rollout_batch_size": rollout.rollout_batch_size,
+            "n_samples_per_prompt": rollout.n_samples_per_prompt,
+            "train_batch_size": batch.train_batch_size,
+            "seed": batch.seed,
+        }
+
+    def _generate(self, prompts: list[Prompt]) -> list[Rollout]:
+        rollout = self.config.rollout
+        sampling = SamplingParams(
+            max_new_tokens=rollout.generate_max_len,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            n=rollout.n_samples_per_prompt,
+            seed=self.config.batch.seed,
+            step=self.global_step + 1,
+        )
+        with self._clock("generate"):
+            rollouts = self.engine.generate(prompts, sampling)
+            self.engine.sleep()
+            self._engine_sleeps = True
+        return rollouts
+
+    def _sync(self) -> None:
+        """Bring the present weights to the engine, which then is awake."""
+        with self._clock("sync"):
+            if self._engine_sleeps:
+                self.engine.wake_up()
+                self._engine_sleeps = False
+            self.weight_sync.push(self.global_step)
+
+    def _keep_samples(self, made: Experiences) -> None:
+        self.evaluator.samples.write(
+            "train",
+            self.global_step,
+            made.rollouts,
+            made.scores,
+            made.true_scores,
+            SHOWN_IN_TRAINING,
+            self.config.rollout.temperature,
+        )
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[phase] = time.perf_counter() - began
+
+    def _times(self, total: float) -> dict[str, float]:
+        """Return the seconds of each phase of the step."""
+        return {**{f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, "time/step": total}
+
+
+def _episode_order(prompts: int, seed: int, episode: int) -> list[int]:
+    """Return a permutation of the prompts that is the same wherever the run is resumed."""
+    digest = hashlib.sha256(f"prompts/{seed}/{episode}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.randperm(prompts, generator=generator).tolist()

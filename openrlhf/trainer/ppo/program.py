@@ -1,0 +1,129 @@
+"""What every PPO command does around its loop: prompts before, callbacks between, export and report after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.datasets.blending import load_mixture, required_keys
+from openrlhf.datasets.prompts import PromptDataset
+from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.rollout.engine import RolloutEngine, WeightSync
+from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.strategy.comm import SoloComm
+from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
+from openrlhf.trainer.loggers import JsonlLogger, build_loggers
+from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
+from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
+from openrlhf.trainer.ppo.loop import PPOLoop, optimizer_steps
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+from openrlhf.trainer.report import write_report
+from openrlhf.trainer.setup import Run, memory_per_rank
+
+SHOWN = ("reward", "true_score", "kl", "response_length")
+"""Metrics in the progress line."""
+
+
+class Inputs:
+    """What a run reads before any model is loaded, so that wrong data fails in seconds.
+
+    Attributes:
+        tokenizer: the policy's.
+        prompts: training prompts.
+        eval_prompts: evaluation prompts; empty without ``--eval_dataset``.
+        reward_function: of ``--remote_rm_url FILE.py``, or None.
+        true_score: of ``--eval_reward_func``, or None.
+    """
+
+    def __init__(self, config: PPOConfig):
+        self.config = config
+        self.tokenizer = load_tokenizer(
+            config.model.pretrain,
+            use_fast=not config.model.disable_fast_tokenizer,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template=config.prompts.tokenizer_chat_template,
+        )
+        reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
+        self.reward_function = RewardFunction(reward_file) if reward_file else None
+        self.true_score = RewardFunction(eval_file) if eval_file else None
+        data = config.prompts
+        self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")
+        wanted = config.evaluation.eval_dataset
+        self.eval_prompts = self._load(wanted, None, config.evaluation.eval_split, "--eval_dataset") if wanted else []
+
+    @property
+    def optimizer_steps(self) -> int:
+        """The length of the learning-rate schedule."""
+        return optimizer_steps(self.config, len(self.prompts))
+
+    def _load(self, spec: str, probs: str | None, split: str, flag: str) -> PromptDataset:
+        data, reward = self.config.prompts, self.config.reward
+        rows = load_mixture(
+            spec,
+            probs,
+            split=split,
+            max_samples=int(data.max_samples),
+            seed=self.config.batch.seed,
+            stopping="first_exhausted",
+            flag=flag,
+            required=required_keys(data, label_key=reward.label_key),
+        )
+        return PromptDataset(rows, self.tokenizer, data, self.config.rollout.prompt_max_len, reward.label_key)
+
+
+def build_loop(
+    config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, engine: RolloutEngine, weight_sync: WeightSync
+) -> PPOLoop:
+    """Return the loop of a run with its callbacks, whatever the roles and the engine are made of."""
+    maker = ExperienceMaker(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)
+    samples = SampleLog(run.path / "samples.jsonl", inputs.tokenizer)
+    evaluator = Evaluator(config, inputs.eval_prompts, engine, maker, samples)
+    callbacks = ppo_callbacks(config, run, roles)
+    return PPOLoop(config, roles, engine, weight_sync, maker, inputs.prompts, evaluator, callbacks)
+
+
+def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
+    """Return the callbacks of a PPO command in their order."""
+    layout = checkpoint_layout(config, roles)
+    return [
+        ProgressLine(run.console, SHOWN),
+        MetricLogging(
+            JsonlLogger(run.path / "metrics.jsonl"),
+            build_loggers(config.logging, run.flags, run.path),
+            config.logging.logging_steps,
+        ),
+        Evaluation(config.logging.eval_steps),
+        PPOCheckpointing(config, roles, CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=run.say)),
+    ]
+
+
+def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, placement: Sequence[str]) -> list[str]:
+    """Return what a person wants to know before the first rollout."""
+    rollout, batch, ranks = config.rollout, config.batch, roles.policy.size
+    parameters = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
+    gib = memory_per_rank(parameters, parameters, config.deepspeed.zero_stage, ranks, config.model.bf16) / 2**30
+    precision = "bf16 weights, fp32 master" if config.model.bf16 else "fp32"
+    return [
+        f"run      {run.path}",
+        f"where    {placement[0]}, ZeRO-{config.deepspeed.zero_stage}, {precision}",
+        *(f"         {line.strip()}" for line in placement[1:]),
+        f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate",
+        f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
+        f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",
+        f"policy   {config.model.pretrain}: {parameters:,} parameters; about {gib:.2f} GiB a rank for weights, "
+        "gradients and Adam, activations on top",
+    ]
+
+
+def finish_run(config: PPOConfig, run: Run, roles: Roles) -> None:
+    """Export the policy to ``--save_path`` and with ``--save_value_network`` the critic, and write the report."""
+    path = str(Path(config.checkpoint.save_path).expanduser().absolute())
+    roles.policy.get(roles.policy.run(PolicyWorker.export, path=path))
+    run.say(f"model in {path}")
+    if config.save_value_network and roles.critic:
+        roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
+        run.say(f"critic in {path}_critic")
+    run.say(f"report in {write_report(run.path)}")

@@ -1,0 +1,384 @@
+"""The models of PPO, one class a role: policy, reference, critic, reward. They know a strategy, not Ray.
+
+A worker is one rank of its role. Its methods take and return one item a shard of the rollout; a
+:class:`~openrlhf.trainer.ppo.groups.WorkerGroup` deals the shards out. Forwards run in micro-batches of
+``--micro_rollout_batch_size`` rows, updates in micro-batches of ``--micro_train_batch_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.device import empty_cache
+from openrlhf.errors import DataError
+from openrlhf.models.actor import Actor
+from openrlhf.models.loading import load_causal_lm
+from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.value_head import ValueModel, load_value_model
+from openrlhf.ops.masking import masked_sum, masked_whiten
+from openrlhf.ops.policy_loss import ppo_policy_loss, value_loss
+from openrlhf.rollout.hf_engine import HFEngine
+from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
+from openrlhf.strategy.checkpoint import load_rng, save_rng
+from openrlhf.strategy.export import export_model
+from openrlhf.trainer.metrics import MetricSums
+from openrlhf.trainer.ppo.assembly import (
+    add_statistics,
+    close_with_eos,
+    experience_statistics,
+    make_experience,
+    scoring_temperature,
+)
+from openrlhf.trainer.ppo.average import WeightAverage
+from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences
+
+Means = dict[str, float]
+
+
+class Worker:
+    """What every role shares: the configuration, the ranks, and forwards cut into micro-batches."""
+
+    def __init__(self, config: PPOConfig, strategy: Any):
+        self.config = config
+        self.strategy = strategy
+        self.comm = strategy.comm
+        self.tokenizer = load_tokenizer(
+            config.model.pretrain,
+            use_fast=not config.model.disable_fast_tokenizer,
+            chat_template=config.prompts.tokenizer_chat_template,
+        )
+
+    @torch.no_grad()
+    def _forward(self, batches: list[SequenceBatch], compute: Callable[[SequenceBatch], Tensor]) -> list[Tensor]:
+        """Return ``compute`` of every row of ``batches`` on the CPU: ``(B, T)`` or ``(B,)`` float32 for each batch.
+
+        All ranks call ``compute`` equally often, because the layers of a sharded model are gathered together.
+        """
+        size = self.config.rollout.micro_rollout_batch_size
+        pieces = [
+            (index, list(range(start, min(start + size, len(batch)))))
+            for index, batch in enumerate(batches)
+            for start in range(0, len(batch), size)
+        ]
+        outputs: list[list[Tensor]] = [[] for _ in batches]
+        for index, rows in pieces:
+            result = compute(batches[index].select(rows).to(self.strategy.device)).float().cpu()
+            outputs[index].append(_widen(result, batches[index]))
+        for _ in range(round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)):
+            compute(blank_sequences().to(self.strategy.device))
+        return [torch.cat(parts) if parts else torch.zeros(0, 1) for parts in outputs]
+
+
+def _widen(result: Tensor, batch: SequenceBatch) -> Tensor:
+    """Return ``(b, t)`` padded on the right with zeros to the width of ``batch``; ``(b,)`` as it is."""
+    if result.dim() == 1:
+        return result
+    return torch.nn.functional.pad(result, (0, batch.action_mask.shape[1] - result.shape[1]))
+
+
+class TrainedWorker(Worker):
+    """A role that learns. Subclasses give :meth:`loss` and build :attr:`engine`.
+
+    Attributes:
+        engine: the :class:`~openrlhf.strategy.deepspeed.TrainEngine` of the model.
+    """
+
+    engine: Any
+
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
+        """Return the loss summed over the actions of ``batch``, and metrics as ``(sum, count)``."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def update(
+        self, experiences: list[Experience], *, rollout: int, whiten: tuple[float, float] | None = None
+    ) -> Means:
+        """Learn from the rollout in ``--max_epochs`` passes; return metrics over all ranks.
+
+        Args:
+            experiences: shards of this rank.
+            rollout: number of the rollout step; with the run's seed it fixes the order of rows.
+            whiten: mean and 1 / standard deviation of the advantages over all ranks, or None to take them as they are.
+        """
+        buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout)
+        sums, norms, lr = MetricSums(), [], self.engine.lr
+        self.engine.train()
+        for epoch in range(self.config.batch.max_epochs):
+            for micro_batches in buffer.epoch(epoch):
+                result = self._optimizer_step(micro_batches, whiten, sums)
+                if result is not None:
+                    norms.append(result.grad_norm)
+                    lr = result.lr
+        means = {name: mean.value for name, mean in sums.reduce(self.comm).items()}
+        empty_cache()
+        return {**means, "lr": lr, "grad_norm": sum(norms) / max(1, len(norms))}
+
+    def _optimizer_step(self, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums):
+        """Take one step on the token mean over all ranks; return None when no rank has an action to learn from."""
+        weight = self.comm.all_reduce(float(sum(int(micro.action_mask.sum()) for micro in micro_batches)))
+        if not weight:
+            return None
+        for micro in micro_batches:
+            loss, metrics = self.loss(micro.to(self.strategy.device), whiten)
+            sums.add(metrics)
+            self.engine.backward(loss, weight)
+        result = self.engine.step()
+        self.after_step()
+        return result
+
+    def save(self, *, path: str) -> None:
+        """Write what continues the training of this rank to folder ``path``; all ranks call it."""
+        self.engine.save(path)
+        save_rng(Path(path), self.comm.rank)
+
+    def load(self, *, path: str) -> None:
+        """Continue from what :meth:`save` wrote. Raises DataError when files of this rank are missing."""
+        self.engine.load(path)
+        load_rng(Path(path), self.comm.rank)
+
+
+class PolicyWorker(TrainedWorker):
+    """The policy: generates when there is no other engine, scores, assembles experiences, learns."""
+
+    def __init__(self, config: PPOConfig, strategy: Any, *, max_steps: int):
+        super().__init__(config, strategy)
+        self.actor = load_actor(config, strategy)
+        self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
+        self.average = WeightAverage(config.algorithm.ema_beta) if config.algorithm.enable_ema else None
+        if self.average:
+            self.average.start(self._weights(), keep=self.comm.rank == 0)
+
+    def parameters(self) -> int:
+        """Return the number of the policy's parameters; one that ZeRO-3 shards keeps its true size in ``ds_numel``."""
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.actor.parameters())
+
+    def log_probs(self, batches: list[SequenceBatch]) -> list[Tensor]:
+        """Return the log-probs ``(B, T)`` of the actions at the rollout temperature."""
+        self.engine.eval()
+        return self._forward(batches, self._action_log_probs)
+
+    def assemble(
+        self,
+        batches: list[SequenceBatch],
+        log_probs: list[Tensor],
+        ref_log_probs: list[Tensor],
+        values: list[Tensor | None],
+        scores: list[Tensor],
+        shaped: list[Tensor],
+        *,
+        kl_coef: float,
+    ) -> list[Experience]:
+        """Return experiences: KL, token rewards, advantages and returns of every shard.
+
+        Args:
+            batches: the sequences.
+            log_probs: ``(B, T)`` of the policy.
+            ref_log_probs: ``(B, T)`` of the reference, or of the policy when there is none.
+            values: ``(B, T)`` of the critic, or None when there is none.
+            scores: ``(B,)`` what the reward sources gave.
+            shaped: ``(B,)`` the clipped scores after the group baseline: what is learned from.
+            kl_coef: weight of the KL in the token rewards.
+        """
+        columns = zip(batches, log_probs, ref_log_probs, values, scores, shaped, strict=True)
+        return [make_experience(self.config.algorithm, *column, kl_coef=kl_coef) for column in columns]
+
+    def statistics(self, experiences: list[Experience]) -> dict[str, float]:
+        """Return sums over the actions of this rank, for the driver to add up."""
+        return add_statistics([experience_statistics(experience) for experience in experiences if len(experience)])
+
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
+        """Return PPO's clipped loss summed over the actions."""
+        mask = batch.action_mask
+        log_probs = self._action_log_probs(batch)
+        advantages = batch.advantages if whiten is None else masked_whiten(batch.advantages, mask, True, *whiten)
+        loss, metrics = ppo_policy_loss(
+            log_probs, batch.log_probs, advantages, mask, clip=self.config.algorithm.eps_clip
+        )
+        return loss, {"policy_loss": (loss.detach(), mask.sum()), **metrics}
+
+    def _action_log_probs(self, batch: SequenceBatch) -> Tensor:
+        output = self.engine(
+            batch.sequences,
+            batch.attention_mask,
+            temperature=scoring_temperature(self.config),
+            where=batch.action_mask,
+        )
+        return output.log_probs
+
+    def after_step(self) -> None:
+        """Follow the new weights with the moving average."""
+        if self.average:
+            self.average.follow(self._weights())
+
+    def generate(
+        self, prompts: list[list[Prompt]], *, sampling: SamplingParams, version: int = 0
+    ) -> list[list[Rollout]]:
+        """Sample answers with the policy itself: one list of rollouts for each list of prompts."""
+        engine = HFEngine(self.actor, self.tokenizer, self.config.rollout.micro_rollout_batch_size)
+        engine.policy_version = version
+        return [engine.generate(part, sampling) if part else [] for part in prompts]
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``."""
+        bucket, size = [], 0
+        for name, tensor in self._weights():
+            bucket.append((name, tensor))
+            size += tensor.numel() * tensor.element_size()
+            if size >= bucket_bytes:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.engine.named_weights(root=self.actor.model)
+
+    def save(self, *, path: str) -> None:
+        """Write the training state and the moving average; all ranks call it."""
+        super().save(path=path)
+        if self.average and self.comm.rank == 0:
+            self.average.save(Path(path) / "ema.pt")
+
+    def load(self, *, path: str) -> None:
+        """Continue from what :meth:`save` wrote."""
+        super().load(path=path)
+        if self.average and self.comm.rank == 0:
+            self.average.load(Path(path) / "ema.pt")
+
+    def export(self, *, path: str) -> None:
+        """Write the policy, or its moving average where there is one, as a Hugging Face folder; all ranks call it."""
+        average = self.average.swapped_into(self.actor.model, self.strategy) if self.average else nullcontext()
+        with average:
+            export_model(self.engine, self.strategy, path, self.tokenizer)
+
+
+class CriticWorker(TrainedWorker):
+    """The critic: the value of the state before every action."""
+
+    def __init__(self, config: PPOConfig, strategy: Any, *, max_steps: int):
+        super().__init__(config, strategy)
+        self.critic = load_critic(config, strategy, self.tokenizer.pad_token_id)
+        self.engine = strategy.prepare_train(self.critic, config.optim.critic, max_steps)
+
+    def values(self, batches: list[SequenceBatch]) -> list[Tensor]:
+        """Return the values ``(B, T)`` of the states before the tokens."""
+        self.engine.eval()
+        return self._forward(batches, self._values)
+
+    def _values(self, batch: SequenceBatch) -> Tensor:
+        return self.engine(batch.sequences, batch.attention_mask, read="each")[:, :-1]
+
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
+        """Return the clipped squared error summed over the actions."""
+        mask, values = batch.action_mask, self._values(batch)
+        loss, metrics = value_loss(values, batch.values, batch.returns, mask, clip=self.config.algorithm.value_clip)
+        count = mask.sum()
+        own = {"critic_loss": (loss.detach(), count), "values": (masked_sum(values.detach(), mask), count)}
+        return loss, {**own, **metrics}
+
+    def export(self, *, path: str) -> None:
+        """Write the critic as a Hugging Face folder; all ranks call it."""
+        export_model(self.engine, self.strategy, path, self.tokenizer)
+
+
+class ReferenceWorker(Worker):
+    """The model that the policy should stay close to."""
+
+    def __init__(self, config: PPOConfig, strategy: Any):
+        super().__init__(config, strategy)
+        actor = load_actor(config, strategy, train=False)
+        self.model = strategy.prepare_eval(actor, offload=config.reward.ref_reward_offload)
+
+    def log_probs(self, batches: list[SequenceBatch]) -> list[Tensor]:
+        """Return the log-probs ``(B, T)`` of the actions at the rollout temperature."""
+        temperature = scoring_temperature(self.config)
+        return self._forward(
+            batches,
+            lambda batch: (
+                self.model(
+                    batch.sequences, batch.attention_mask, temperature=temperature, where=batch.action_mask
+                ).log_probs
+            ),
+        )
+
+
+class RewardWorker(Worker):
+    """A reward model: one score a sequence."""
+
+    def __init__(self, config: PPOConfig, strategy: Any, *, path: str):
+        super().__init__(config, strategy)
+        self.model = load_reward_model(config, strategy, path, self.tokenizer)
+
+    def score(self, batches: list[SequenceBatch]) -> list[Tensor]:
+        """Return the scores ``(B,)``. An answer that was cut off is read with an end-of-sequence token appended."""
+        return self._forward(batches, self._score)
+
+    def _score(self, batch: SequenceBatch) -> Tensor:
+        sequences, attention_mask = close_with_eos(batch.sequences, batch.attention_mask, self.tokenizer.eos_token_id)
+        return self.model(sequences, attention_mask, read="last")
+
+
+def load_actor(config: PPOConfig, strategy: Any, *, train: bool = True) -> Actor:
+    """Return the policy of ``--pretrain``; ``train`` false for a model that only looks."""
+    model = load_causal_lm(
+        config.model.pretrain,
+        config.model,
+        config.attention,
+        gather=strategy.gather,
+        context=partial(strategy.loading_context, train=train),
+    )
+    return Actor(model, packing_samples=config.attention.packing_samples)
+
+
+def load_critic(config: PPOConfig, strategy: Any, pad_token_id: int) -> ValueModel:
+    """Return the critic: a reward model goes on with its head, the policy's own folder gets a fresh one."""
+    source = config.critic_source
+    model = load_value_model(
+        source,
+        config.model,
+        config.attention,
+        gather=partial(strategy.gather, modifier_rank=0),
+        context=strategy.loading_context,
+        init_value_head=True if source == config.model.pretrain else None,
+        value_head_prefix=config.model.value_head_prefix,
+        normalize_reward=config.reward.normalize_reward,
+        pad_token_id=pad_token_id,
+        seed=config.batch.seed,
+        flag="--critic_pretrain" if config.model.critic_pretrain else "--reward_pretrain",
+    )
+    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
+
+
+def load_reward_model(config: PPOConfig, strategy: Any, path: str, tokenizer: Any) -> Any:
+    """Return the reward model at ``path``, ready to score. Raises DataError when it has another vocabulary."""
+    own = load_tokenizer(path, use_fast=not config.model.disable_fast_tokenizer)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"--reward_pretrain {path}: its vocabulary differs from that of --pretrain {config.model.pretrain}; "
+            "the reward model reads the policy's token ids, so both must have one tokenizer"
+        )
+    model = load_value_model(
+        path,
+        replace(config.model, gradient_checkpointing=False),
+        config.attention,
+        gather=strategy.gather,
+        context=partial(strategy.loading_context, train=False),
+        init_value_head=False,
+        value_head_prefix=config.model.value_head_prefix,
+        normalize_reward=config.reward.normalize_reward,
+        pad_token_id=tokenizer.pad_token_id,
+        flag="--reward_pretrain",
+    )
+    value_model = ValueModel(model, read="last", packing_samples=config.attention.packing_samples)
+    return strategy.prepare_eval(value_model, offload=config.reward.ref_reward_offload)

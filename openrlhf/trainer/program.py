@@ -1,0 +1,65 @@
+"""What every supervised command does around its trainer: ranks before, callbacks between, export and report after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
+from openrlhf.trainer.loggers import JsonlLogger, build_loggers
+from openrlhf.trainer.report import write_report
+from openrlhf.trainer.setup import Run
+
+
+@contextmanager
+def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
+    """Join the ranks of a supervised command and leave them at the end of the block."""
+    strategy = DeepSpeedStrategy(
+        config.deepspeed,
+        bf16=config.model.bf16,
+        max_norm=config.optim.max_norm,
+        micro_batch_size=config.batch.micro_train_batch_size,
+        seed=config.batch.seed,
+    )
+    strategy.setup_distributed()
+    try:
+        yield strategy
+    finally:
+        strategy.close()
+
+
+def supervised_callbacks(
+    config: Any, run: Run, strategy: DeepSpeedStrategy, export: Callable[[Path], None], shown: Sequence[str]
+) -> list[Callback]:
+    """Return the callbacks of a supervised command in their order.
+
+    ``export(folder)`` writes a Hugging Face folder, ``shown`` are the metrics of the progress line.
+    """
+    talks = strategy.rank == 0
+    return [
+        ProgressLine(run.console, shown),
+        MetricLogging(
+            JsonlLogger(run.path / "metrics.jsonl") if talks else None,
+            build_loggers(config.logging, run.flags, run.path) if talks else [],
+            config.logging.logging_steps,
+        ),
+        Evaluation(config.logging.eval_steps),
+        Checkpointing(
+            CheckpointManager(config.checkpoint, strategy.comm, layout=strategy.layout, say=run.say),
+            config.checkpoint,
+            export,
+        ),
+    ]
+
+
+def finish_run(config: Any, run: Run, strategy: DeepSpeedStrategy, export: Callable[[Path], None]) -> None:
+    """Export the model to ``--save_path``, write the report, and say where both are."""
+    path = Path(config.checkpoint.save_path)
+    export(path)
+    if strategy.rank == 0:
+        report = write_report(run.path)
+        run.say(f"done: model in {path}, report in {report}")

@@ -1,0 +1,123 @@
+"""Where a run writes and what a person sees of it: run folder, terminal, log file, start-up summary.
+
+From :func:`open_run` on, everything that libraries write to stdout or stderr, C libraries included, goes to
+``<run_path>/log.txt``; our own lines go to the terminal, and to the log too. Light to import: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openrlhf.config.arguments import to_flat_dict
+from openrlhf.errors import InfraError
+from openrlhf.trainer.console import OURS, Console, noise_to, our_lines
+
+LOG_NAME = "log.txt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run: its folder, its terminal, and its configuration without secrets."""
+
+    path: Path
+    rank: int
+    console: Console
+    flags: dict[str, Any]
+
+    def say(self, *lines: str) -> None:
+        """Write lines to the terminal (rank 0) and to the log."""
+        for line in lines:
+            OURS.info(line)
+
+
+def run_path(save_path: str, explicit: str | None) -> Path:
+    """Return the run folder: ``--run_path``, or ``<save_path>_run`` beside the exported model."""
+    return Path(explicit or f"{save_path.rstrip('/')}_run")
+
+
+@contextmanager
+def open_run(config: Any, program: str) -> Iterator[Run]:
+    """Make the run folder, write ``config.json``, and send the noise of libraries to the log until the block ends.
+
+    An error inside the block is written to the log with its traceback and raised on, with the terminal restored.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    folder = run_path(config.checkpoint.save_path, config.logging.run_path)
+    flags = to_flat_dict(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            (folder / "config.json").write_text(json.dumps({"program": program, **flags}, indent=2) + "\n")
+    except OSError as error:
+        raise InfraError(f"cannot write the run folder {folder} (--run_path, --save_path): {error}") from error
+    log_file = folder / (LOG_NAME if rank == 0 else f"log.rank{rank}.txt")
+    with noise_to(log_file) as terminal, our_lines(Console(terminal, quiet=rank != 0)) as console:
+        OURS.debug("%s, process %d, rank %d", program, os.getpid(), rank)
+        yield Run(folder, rank, console, flags)
+
+
+def start_up_lines(config: Any, run: Run, strategy: Any, model: Any, train_data: Any, eval_data: Any) -> list[str]:
+    """Return what a person wants to know before a supervised run starts.
+
+    ``config`` is a supervised command's configuration, ``model`` the module before it is prepared for training.
+    """
+    return [
+        f"run      {run.path} ({LOG_NAME} there takes what libraries print)",
+        _place_line(config, strategy),
+        _data_line(train_data, eval_data),
+        _batch_line(config.batch, strategy.world_size, len(train_data)),
+        _model_line(config, strategy.world_size, model),
+    ]
+
+
+def _place_line(config: Any, strategy: Any) -> str:
+    ranks = f"{strategy.world_size} rank{'s' if strategy.world_size > 1 else ''} on {strategy.device.type}"
+    precision = "bf16 weights, fp32 master" if config.model.bf16 else "fp32"
+    return f"where    {ranks}, ZeRO-{config.deepspeed.zero_stage}, {precision}"
+
+
+def _data_line(train_data: Any, eval_data: Any) -> str:
+    return f"data     {len(train_data):,} rows to train, {len(eval_data):,} to evaluate"
+
+
+def _batch_line(batch: Any, world_size: int, rows: int) -> str:
+    share = -(-batch.train_batch_size // world_size)
+    micro_batches = -(-share // batch.micro_train_batch_size)
+    steps = -(-rows // batch.train_batch_size)
+    return (
+        f"batch    {batch.train_batch_size} rows a step: {world_size} x {share} a rank in {micro_batches} "
+        f"micro-batches of {min(batch.micro_train_batch_size, share)}; "
+        f"{steps:,} steps an epoch x {batch.max_epochs} = {steps * batch.max_epochs:,} steps"
+    )
+
+
+def _model_line(config: Any, world_size: int, model: Any) -> str:
+    # A parameter that ZeRO-3 shards is empty here and keeps its true size in ds_numel.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    needed = memory_per_rank(total, trained, config.deepspeed.zero_stage, world_size, config.model.bf16)
+    return (
+        f"model    {config.model.pretrain}: {total:,} parameters, {trained:,} trained; about {_size(needed)} a rank "
+        "for weights, gradients and Adam, activations on top"
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def memory_per_rank(total: int, trained: int, zero_stage: int, world_size: int, bf16: bool) -> float:
+    """Return the estimated bytes a rank needs for weights, gradients and Adam's states.
+
+    fp32: 4 + 4 + 8 bytes a trained parameter; bf16: 2 + 4 + 12 with the fp32 master. ZeRO-1 shares the states over the
+    ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights (ZeRO, https://arxiv.org/abs/1910.02054, section 3).
+    """
+    weights, gradients, states = ((2, 4, 12) if bf16 else (4, 4, 8))
+    share = [world_size if zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    return total * weights / share[0] + trained * (gradients / share[1] + states / share[2])

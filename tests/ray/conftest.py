@@ -1,0 +1,35 @@
+"""One local Ray a test file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOConfig, PPOModelConfig, VLLMConfig
+from openrlhf.ray import cluster
+from openrlhf.ray.placement import Placement
+
+ONE_EACH = PlacementConfig(
+    actor_num_gpus_per_node=1, critic_num_gpus_per_node=1, ref_num_gpus_per_node=1, reward_num_gpus_per_node=1
+)
+
+
+def placement_of(actors: int = 1, engines: int = 0, **flags) -> Placement:
+    """Return the placement of ``actors`` policy workers and ``engines`` engines, nothing else."""
+    return Placement.from_config(
+        PPOConfig(
+            model=PPOModelConfig(pretrain="policy"),
+            placement=replace(ONE_EACH, actor_num_gpus_per_node=actors, **flags),
+            vllm=VLLMConfig(vllm_num_engines=engines),
+            algorithm=AlgorithmConfig(advantage_estimator="reinforce", init_kl_coef=0.0),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    """A Ray of this machine with four device slots; the value is what a slot is."""
+    resource = cluster.connect(4)
+    yield resource
+    cluster.disconnect()

@@ -1,0 +1,256 @@
+"""What the processes of the strategy tests run; every function is called by all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from openrlhf.config.groups import CheckpointConfig, DeepSpeedConfig, OptimConfig
+from openrlhf.errors import InfraError, NumericError, OpenRLHFError
+from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+
+BETAS = (0.9, 0.95)
+WIDTH, CLASSES, ROWS = 8, 5, 8
+
+
+class TinyNet(nn.Module):
+    """Two layers and a norm; the output layer is tied to the input layer's shape but not to its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(CLASSES, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(torch.tanh(self.inner(self.norm(self.embed(tokens)))))
+        return self.head(hidden)
+
+
+def tiny_net(bf16: bool = False) -> TinyNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        net = TinyNet().eval()
+    return net.bfloat16() if bf16 else net
+
+
+def rows(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (tokens, targets, mask), each (ROWS, 6), of an optimizer step; every row has another number of targets."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
+    targets = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
+    mask = torch.arange(6) <= torch.arange(ROWS)[:, None] % 6
+    return tokens, targets, mask
+
+
+def loss_sum(module, tokens: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    log_probs = module(tokens).float().log_softmax(-1)
+    picked = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    return -torch.where(mask, picked, 0.0).sum()
+
+
+def strategy_of(**options) -> DeepSpeedStrategy:
+    own = {name: options.pop(name) for name in ("bf16", "max_norm") if name in options}
+    options.setdefault("collective_timeout", 60)
+    strategy = DeepSpeedStrategy(DeepSpeedConfig(**options), param_persistence_threshold=0, **{"max_norm": 0.0, **own})
+    strategy.setup_distributed()
+    return strategy
+
+
+def engine_of(strategy: DeepSpeedStrategy, lr: float = 1e-2) -> TrainEngine:
+    config = OptimConfig(learning_rate=lr, l2=0.1, adam_betas=BETAS, lr_scheduler="linear", lr_warmup_ratio=0.0)
+    return strategy.prepare_train(tiny_net(strategy.bf16), config, 20)
+
+
+def run_step(engine: TrainEngine, strategy: DeepSpeedStrategy, step: int, micro: int, poison: bool = False):
+    """Do one optimizer step over this rank's rows, ``micro`` rows at a time."""
+    tokens, targets, mask = rows(step)
+    weight = mask.sum()
+    for start in range(0, ROWS // strategy.world_size, micro):
+        mine = slice(strategy.rank + start * strategy.world_size, (start + micro) * strategy.world_size, strategy.world_size)
+        loss = loss_sum(engine, tokens[mine], targets[mine], mask[mine])
+        engine.backward(loss * float("inf") if poison and strategy.rank == 0 and start == 0 else loss, weight)
+    return engine.step()
+
+
+def first_gradients(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    """Return the gradients of the first step, read back from Adam's first moment."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    gradients = {}
+    if engine.strategy.config.zero_stage in (1, 2):
+        # DeepSpeed links the state of its second parameter group before that group has any.
+        engine.engine.optimizer._hp_optimizer_states_linked = False
+        engine.engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, param in engine.module.named_parameters():
+        if engine.strategy.config.zero_stage == 0:
+            moment = engine.engine.optimizer.state[param]["exp_avg"]
+        else:
+            moment = safe_get_full_optimizer_state(param, "exp_avg")
+        gradients[name] = moment.detach().clone() / (1 - BETAS[0])
+    return gradients
+
+
+def weights(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    return dict(engine.named_weights())
+
+
+def gradients(stages: list[int], micros: list[int]) -> list:
+    """Return (stage, micro, gradient norm, gradients, weights after three steps) of every combination."""
+    found = []
+    for stage in stages:
+        strategy = strategy_of(zero_stage=stage)
+        for micro in micros:
+            engine = engine_of(strategy)
+            norm = run_step(engine, strategy, 0, micro).grad_norm
+            first = first_gradients(engine)
+            for step in (1, 2):
+                run_step(engine, strategy, step, micro)
+            found.append((stage, micro, norm, first, weights(engine)))
+    return found
+
+
+def poisoned(stages: list[int], **options) -> list:
+    """Return (stage, raised, weights unchanged, weights finite after a good step) with a gradient not finite on rank 0."""
+    found = []
+    for stage in stages:
+        strategy = strategy_of(zero_stage=stage, max_norm=1.0, **options)
+        engine = engine_of(strategy)
+        run_step(engine, strategy, 0, 2)
+        before, raised, lr = weights(engine), False, engine.lr
+        try:
+            run_step(engine, strategy, 1, 2, poison=True)
+        except NumericError:
+            raised = True
+        after = weights(engine)
+        same = all(torch.equal(before[name], after[name]) for name in before) and lr == engine.lr
+        run_step(engine, strategy, 1, 2)
+        moved = weights(engine)
+        healthy = all(bool(tensor.isfinite().all()) for tensor in moved.values())
+        found.append((stage, raised, same, healthy and any(not torch.equal(moved[name], after[name]) for name in moved)))
+    return found
+
+
+def resumed(stage: int, folder: str, **options) -> list[bool]:
+    """Return which weights are bitwise equal after two resumes and without any, dropout on."""
+    strategy = strategy_of(zero_stage=stage, max_norm=0.5, **options)
+    manager = CheckpointManager(
+        CheckpointConfig(ckpt_path=folder, load_checkpoint=True), strategy.comm, layout=strategy.layout, say=lambda line: None
+    )
+
+    def steps(engine: TrainEngine, first: int, last: int) -> TrainEngine:
+        engine.train()
+        for step in range(first, last):
+            run_step(engine, strategy, step, 2)
+        return engine
+
+    torch.manual_seed(strategy.rank)
+    whole = steps(engine_of(strategy), 0, 6)
+    expected = [weights(whole), run_step(whole, strategy, 6, 2)]
+    torch.manual_seed(strategy.rank)
+    manager.save(2, {"actor": steps(engine_of(strategy), 0, 2).save}, {"step": 2})
+    for first in (2, 4):
+        torch.manual_seed(99)
+        engine = engine_of(strategy)
+        state = manager.load(manager.latest(), {"actor": engine.load})
+        steps(engine, state["step"], first + 2)
+        manager.save(first + 2, {"actor": engine.save}, {"step": first + 2})
+    actual = [weights(engine), run_step(engine, strategy, 6, 2)]
+    return [torch.equal(expected[0][name], actual[0][name]) for name in expected[0]] + [expected[1] == actual[1]]
+
+
+def comm_operations() -> list:
+    """Return what every operation gives on this rank."""
+    comm = strategy_of(zero_stage=0).comm
+    rank = comm.rank
+    tensor = torch.tensor([1.0, float(rank)])
+    found = [comm.all_reduce(tensor, op).tolist() for op in ("sum", "max", "mean")]
+    found += [comm.all_reduce(rank + 0.5, op) for op in ("sum", "max", "mean")]
+    found += [tensor.tolist(), comm.all_gather_object({"rank": rank}), comm.broadcast_object(f"from {rank}", src=1)]
+    comm.barrier("done")
+    return found
+
+
+def absent_from_barrier() -> str:
+    """Return the message of the rank that waits alone; the other leaves without the barrier."""
+    strategy = strategy_of(zero_stage=0, collective_timeout=2)
+    if strategy.rank == 1:
+        import time
+
+        time.sleep(6)
+        return "away"
+    try:
+        strategy.comm.barrier("the test")
+    except InfraError as error:
+        return str(error)
+    return "no error"
+
+
+def slow_rank_zero(folder: str) -> str:
+    """Return the checkpoint that is there although rank 0 writes for three times the collective timeout."""
+    import time
+
+    from openrlhf.strategy import files
+
+    strategy = strategy_of(zero_stage=0, collective_timeout=2)
+    manager = CheckpointManager(CheckpointConfig(ckpt_path=folder), strategy.comm, layout=strategy.layout)
+    durable = files.write_durably
+
+    def slowly(path: Path, text: str) -> None:
+        time.sleep(6)
+        durable(path, text)
+
+    files.write_durably = slowly
+    manager.save(1, {"actor": lambda path: (path.mkdir(exist_ok=True), (path / f"{strategy.rank}.txt").write_text("x"))})
+    return manager.latest().path.name
+
+
+def different_disks(folder: str) -> str:
+    """Return the message when the ranks look into different folders."""
+    strategy = strategy_of(zero_stage=0, collective_timeout=10)
+    own = f"{folder}/{strategy.rank}"
+    manager = CheckpointManager(CheckpointConfig(ckpt_path=own), strategy.comm, layout=strategy.layout)
+    try:
+        manager.save(1, {"actor": lambda path: (path.mkdir(parents=True), (path / "w").write_text(str(strategy.rank)))})
+    except OpenRLHFError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict[str, float]:
+    """Load, train one step, export twice; return whether the load was sharded, the gradient norm, the sum of weights."""
+    from openrlhf.config.groups import ModelConfig
+    from openrlhf.models.actor import Actor
+    from openrlhf.models.loading import load_causal_lm, load_value_model
+    from openrlhf.models.tokenizer import load_tokenizer
+    from openrlhf.models.value_head import ValueModel
+    from openrlhf.strategy.export import export_model
+
+    strategy = strategy_of(zero_stage=stage)
+    options = {"gather": strategy.gather, "context": strategy.loading_context}
+    if value:
+        head = {"value_head_prefix": "value_head", "pad_token_id": 0}
+        module = ValueModel(load_value_model(folder, ModelConfig(pretrain=folder), **head, **options))
+    else:
+        module = Actor(load_causal_lm(folder, ModelConfig(pretrain=folder), **options))
+    sharded = any(getattr(param, "ds_id", None) is not None for param in module.parameters())
+    config = OptimConfig(learning_rate=1e-3, lr_scheduler="constant", adam_betas=BETAS)
+    engine = strategy.prepare_train(module, config, 10)
+    engine.train()
+    tokens = torch.arange(40).view(4, 10) * 7 % 300
+    mask = torch.arange(10) < torch.tensor([10, 4, 7, 9])[:, None]
+    mine = slice(strategy.rank, None, strategy.world_size)
+    output = engine(tokens[mine], mask[mine])
+    output = output if value else output.log_probs
+    engine.backward(output.square().sum(), 100)
+    norm = engine.step().grad_norm
+    export_model(engine, strategy, out, load_tokenizer(folder))
+    export_model(engine, strategy, out, load_tokenizer(folder))
+    return {"sharded": float(sharded), "norm": norm, "sum": float(sum(tensor.double().sum() for tensor in weights(engine).values()))}
+
+

@@ -1,0 +1,33 @@
+"""Ranks agree on numbers and objects, and no rank waits for ever."""
+
+import pytest
+import torch
+
+from openrlhf.errors import UsageError
+from openrlhf.strategy.comm import SoloComm
+from tests.strategy.ranks import run_ranks
+
+
+def test_alone_every_operation_is_the_identity_and_a_copy():
+    comm = SoloComm()
+    tensor = torch.ones(2)
+    result = comm.all_reduce(tensor)
+    result += 1
+    assert tensor.tolist() == [1, 1]
+    assert comm.all_reduce(2, "mean") == 2.0
+    assert comm.all_gather_object("x") == ["x"] and comm.broadcast_object("y") == "y"
+    with pytest.raises(UsageError, match="sum, max, mean"):
+        comm.all_reduce(1.0, "product")
+
+
+def test_two_ranks_agree_on_every_operation():
+    for found in run_ranks("tests.strategy.programs:comm_operations", 2):
+        sums, objects = found[:6], found[7:]
+        assert sums == [[2.0, 1.0], [1.0, 1.0], [1.0, 0.5], 2.0, 1.5, 1.0]
+        assert objects == [[{"rank": 0}, {"rank": 1}], "from 1"]
+
+
+@pytest.mark.full
+def test_a_barrier_gives_up_at_its_deadline_and_names_itself_and_the_missing_rank():
+    message = run_ranks("tests.strategy.programs:absent_from_barrier", 2)[0]
+    assert "the test" in message and "deadline 2 s" in message and "1" in message.split(":", 1)[1]
