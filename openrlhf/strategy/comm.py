@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from openrlhf.errors import InfraError, UsageError
 
@@ -64,15 +65,21 @@ class SoloComm:
 class TorchComm:
     """The default process group of torch.distributed.
 
-    Tensors travel over that group (NCCL or gloo). Numbers, objects and barriers take a gloo group of their own, whose
-    barrier can say which rank is missing. ``timeout_s`` is the deadline of every wait, in seconds.
+    Tensors travel over that group (NCCL or gloo), numbers and objects over a gloo group of its own. A barrier goes
+    through the key-value store that the ranks met at: so it may have a deadline of its own, and it can say who is
+    missing. ``timeout_s`` is the deadline of every wait that has no other, in seconds.
     """
+
+    _made = 0
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._store = dist.PrefixStore(f"openrlhf/{TorchComm._made}", _get_default_store())
+        self._barriers = 0
+        TorchComm._made += 1
 
     def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
         """Return ``value`` combined over the ranks; a float takes part in double precision. Raises ``InfraError``."""
@@ -101,10 +108,21 @@ class TorchComm:
         return box[0]
 
     def barrier(self, label: str, timeout_s: float | None = None) -> None:
-        """Wait for all ranks, ``timeout_s`` seconds at most. Raises ``InfraError`` that names ``label``."""
+        """Wait for all ranks, ``timeout_s`` seconds at most. Raises ``InfraError`` that names the missing ranks."""
         limit = timeout_s or self.timeout_s
-        with waiting(f"the barrier {label!r}", limit):
-            dist.monitored_barrier(group=self._control, timeout=timedelta(seconds=limit), wait_all_ranks=True)
+        keys = [f"{self._barriers}/{rank}" for rank in range(self.world_size)]
+        self._store.set(keys[self.rank], label)
+        try:
+            self._store.wait(keys, timedelta(seconds=limit))
+        except dist.DistError as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise InfraError(
+                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for ranks {missing} of {self.world_size} "
+                "(--collective_timeout)"
+            ) from error
+        # Everyone has passed the barrier before this one.
+        self._store.delete_key(f"{self._barriers - 1}/{self.rank}")
+        self._barriers += 1
 
 
 @contextmanager
@@ -113,7 +131,7 @@ def waiting(what: str, timeout_s: float):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in ("gloo", "barrier")):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         raise InfraError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} gave up in {what} (deadline {timeout_s:g} s, "

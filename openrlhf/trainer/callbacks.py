@@ -106,6 +106,10 @@ class ProgressLine(Callback):
         figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._console.line(f"evaluation at step {trainer.global_step}: {figures}")
 
+    def on_end(self, trainer: Any) -> None:
+        """Leave the last line where it is."""
+        self._console.settle()
+
 
 def format_seconds(seconds: float) -> str:
     """Return ``"1h02m"``, ``"3m05s"`` or ``"7s"``."""

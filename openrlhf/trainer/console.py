@@ -15,6 +15,8 @@ from typing import TextIO
 OURS = logging.getLogger("openrlhf")
 SECONDS_BETWEEN_LINES = 15.0
 """How often progress is written where it cannot be one line that updates itself."""
+WIDTH = 120
+"""The columns of a terminal that does not tell."""
 
 
 class Console:
@@ -47,9 +49,9 @@ class Console:
 
     def _columns(self) -> int:
         try:
-            return os.get_terminal_size(self._stream.fileno()).columns
+            return os.get_terminal_size(self._stream.fileno()).columns or WIDTH
         except OSError:
-            return 120
+            return WIDTH
 
     def settle(self) -> None:
         """Leave the status line as it is and go on below it."""

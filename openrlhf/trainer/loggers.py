@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,9 @@ class WandbLogger(Logger):
         import wandb
 
         self.expected = (*type(self).expected, wandb.Error)
+        # wandb stores the command line of the process with the run.
+        hidden = {self._key: "***", f"--use_wandb={self._key}": "--use_wandb=***"} if self._key else {}
+        sys.argv[:] = [hidden.get(word, word) for word in sys.argv]
         if self._key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
             wandb.login(key=self._key)
         self._run = wandb.init(

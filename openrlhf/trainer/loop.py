@@ -168,10 +168,10 @@ class Trainer:
         """Take up a saved position; raise UsageError when it counts steps of other data or batches."""
         facts = self._data_facts()
         problems = [
-            f"the checkpoint was written with {name} {state['data'][name]}, this run has {value}: "
+            f"the checkpoint was written with {name} {state['data'].get(name)}, this run has {value}: "
             "continue with the same value, or start without --load_checkpoint"
             for name, value in facts.items()
-            if state["data"][name] != value
+            if state["data"].get(name) != value
         ]
         if problems:
             raise UsageError(problems)

@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GROUPS = (
-    ("Reward", r"reward|^return"),
+    ("Reward", r"reward(?!_auc)|^return"),
     ("True score", r"true_score|pass@?\d|^score"),
+    ("Reward against true score: pairs in the right order", r"reward_auc"),
     ("Accuracy", r"acc(uracy)?(_mean)?$"),
-    ("KL", r"(^|_)kl$"),
+    ("KL", r"(^|_)(?<!approx_)kl$"),
+    ("KL of one update", r"approx_kl$"),
     ("KL coefficient", r"kl_coef"),
-    ("Length (tokens)", r"length|tokens_per_(sample|response)"),
+    ("Length of a response (tokens)", r"response_length|tokens_per_(sample|response)"),
+    ("Length with the prompt (tokens)", r"length"),
+    ("Responses cut at the limit", r"truncated_rate"),
     ("Policy loss", r"(policy|actor)_loss"),
     ("Critic loss", r"(critic|value)_loss"),
     ("Loss", r"loss"),
+    ("Clipped updates", r"clip_fraction"),
     ("Learning rate", r"(^|_)lr$|learning_rate"),
     ("Gradient norm", r"grad_norm"),
     ("Engine against trainer: log-prob gap", r"sync_gap"),
@@ -29,7 +34,7 @@ HEADLINES = (
     *("eval true_score", "true_score", "eval reward", "reward", "kl", "response_length"),
     *("eval loss", "eval gpt_loss", "loss", "gpt_loss", "eval acc_mean", "acc"),
 )
-NOT_METRICS = {"step", "global_step", "epoch", "phase"}
+NOT_METRICS = {"step", "global_step", "epoch", "phase", "time/step"}
 SMOOTH_ABOVE = 40
 
 
@@ -82,7 +87,7 @@ def group(series: list[Series]) -> list[Panel]:
         if bare.startswith("time/"):
             times.append(one._replace(name=bare.removeprefix("time/")))
             continue
-        title = next((title for title, pattern in GROUPS if re.search(pattern, bare.lower())), bare)
+        title = next((title for title, pattern in GROUPS if re.search(pattern, bare.lower())), bare.replace("_", " "))
         panels.setdefault(title, []).append(one)
     panels[TIME] = times
     return [Panel(title, members) for title, members in panels.items() if members]

@@ -76,6 +76,7 @@ def test_tensorboard_gets_train_and_eval_scalars_under_the_run_name(tmp_path):
 def test_wandb_works_offline_and_goes_before_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["train_sft", "--use_wandb", "k" * 40, "--seed", "1"])
     config = LoggingConfig(use_wandb="k" * 40, use_tensorboard=str(tmp_path), wandb_project="p", wandb_run_name="r")
     [logger] = build_loggers(config, {"use_wandb": "***", "seed": 1}, tmp_path)
     assert isinstance(logger, WandbLogger)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
@@ -73,6 +75,18 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def pair_accuracy(scores: Sequence[float], true_scores: Sequence[float]) -> float | None:
+    """Return how often the answer of two with the higher true score has the higher score; equal scores count half.
+
+    With right and wrong answers it is the area under the ROC curve. None when all true scores are equal.
+    """
+    score, truth = (torch.tensor(list(column), dtype=torch.float64) for column in (scores, true_scores))
+    better = truth[:, None] > truth[None, :]
+    pairs = int(better.sum())
+    won = (score[:, None] > score[None, :]).double() + 0.5 * (score[:, None] == score[None, :]).double()
+    return float(won[better].sum()) / pairs if pairs else None
+
+
 class Evaluator:
     """Answers the evaluation prompts at every ``--eval_temperature`` and scores the answers.
 
@@ -101,7 +115,10 @@ class Evaluator:
         self.samples = samples
 
     def evaluate(self, step: int, when: str) -> dict[str, float]:
-        """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after"."""
+        """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after".
+
+        ``reward_auc_t1`` is how often the reward puts a better answer above a worse one (:func:`pair_accuracy`).
+        """
         values: dict[str, float] = {}
         for temperature in self.config.evaluation.eval_temperature:
             rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
@@ -112,6 +129,8 @@ class Evaluator:
             values[f"truncated_rate_{name}"] = sum(rollout.finish_reason == "length" for rollout in rollouts) / rows
             if true_scores is not None:
                 values[f"true_score_{name}"] = sum(true_scores) / rows
+                agreement = pair_accuracy(scores, true_scores)
+                values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
             if when in ("before", "after"):
                 self.samples.write(when, step, rollouts, scores, true_scores, SHOWN, temperature)
         return values

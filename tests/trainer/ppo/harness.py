@@ -36,7 +36,7 @@ def reward_file(folder: Path, source: str = COUNT_E) -> str:
 
 
 def tiny_reward_model(path: Path, **config: Any) -> str:
-    """Save a tiny reward model with the tokenizer of :func:`tests.helpers.tiny_folder`; ``config`` goes to its config."""
+    """Save a tiny reward model with the tokenizer of the tiny policy; ``config`` goes to its config."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -140,7 +140,8 @@ def local_loop(
     rows = tiny_prompts(tokenizer, max(prompts, eval_prompts))
     evaluator = Evaluator(config, rows[:eval_prompts], engine, maker, samples)
     recorder = Recorder(stop_after)
-    manager = CheckpointManager(config.checkpoint, SoloComm(), layout=checkpoint_layout(config, roles), say=lambda _: None)
+    layout = checkpoint_layout(config, roles)
+    manager = CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=lambda _: None)
     callbacks = [Evaluation(config.logging.eval_steps), PPOCheckpointing(config, roles, manager), recorder]
     return PPOLoop(config, roles, engine, engine, maker, rows[:prompts], evaluator, callbacks), recorder
 

@@ -1,0 +1,172 @@
+"""The driver's side: rewards, baselines, metrics and the check of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
+from openrlhf.errors import InfraError, NumericError
+from openrlhf.rollout.types import Rollout, SamplingParams
+from openrlhf.trainer.ppo.experience import deal, shard
+from openrlhf.trainer.ppo.groups import LocalGroup
+from tests.trainer.ppo.harness import (
+    local_loop,
+    reward_file,
+    rollout_of,
+    tiny_ppo_config,
+    tiny_prompts,
+    tiny_reward_model,
+    with_algorithm,
+    with_rollout,
+)
+
+EOS = 2
+CONSTANT = "def reward_func(queries, prompts):\n    return [{values}][:len(queries)]\n"
+
+
+class ThreeShards(LocalGroup):
+    """A group that pretends to need its rollouts in three shards."""
+
+    size = 3
+
+
+def generated(loop, count: int = 4) -> list[Rollout]:
+    rollout = loop.config.rollout
+    sampling = SamplingParams(rollout.generate_max_len, rollout.temperature, n=rollout.n_samples_per_prompt)
+    return loop.engine.generate(loop.prompts[:count], sampling)
+
+
+def test_scores_are_clipped_before_the_group_baseline(tmp_path):
+    source = CONSTANT.format(values="100.0, 0.0, 1.0, 3.0")
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="rloo", init_kl_coef=0.0)
+    reward = RewardConfig(remote_rm_url=reward_file(tmp_path, source), reward_clip_range=(-5.0, 5.0))
+    loop, _ = local_loop(with_rollout(replace(config, reward=reward), n_samples_per_prompt=2))
+    made = loop.maker.make(generated(loop, count=2))
+    (experience,) = made.shards
+    last = [float(experience.returns[row][experience.action_mask[row]][-1]) for row in range(4)]
+    # Clipped after the baseline, the first pair would be 5 and -5 only by chance of its range: 100 - 0 clips to 5.
+    assert last == pytest.approx([5.0, -5.0, -2.0, 2.0])
+    assert made.scores == [100.0, 0.0, 1.0, 3.0]
+    assert made.metrics["reward"] == pytest.approx(26.0)
+
+
+def test_a_clip_that_bites_one_sample_moves_the_baseline_of_the_others(tmp_path):
+    source = CONSTANT.format(values="100.0, 0.0, 0.0")
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="rloo", init_kl_coef=0.0)
+    reward = RewardConfig(remote_rm_url=reward_file(tmp_path, source), reward_clip_range=(-1.0, 1.0))
+    loop, _ = local_loop(with_rollout(replace(config, reward=reward), n_samples_per_prompt=3))
+    (experience,) = loop.maker.make(generated(loop, count=1)).shards
+    last = [float(experience.returns[row][experience.action_mask[row]][-1]) for row in range(3)]
+    assert last == pytest.approx([1.0, -0.5, -0.5])
+
+
+def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    model = PPOModelConfig(
+        pretrain=config.model.pretrain,
+        reward_pretrain=f"{tiny_reward_model(tmp_path / 'rm')},{tiny_reward_model(tmp_path / 'rm2')}",
+    )
+    reward = RewardConfig(remote_rm_url=reward_file(tmp_path, CONSTANT.format(values="1.0, 2.0, 3.0, 4.0")))
+    loop, _ = local_loop(replace(config, model=model, reward=reward))
+    rollouts = generated(loop)
+    worker = loop.roles.rewards[0].worker
+    single = worker.score(shard(rollouts, 1, 0))[0].tolist()
+    scores, true_scores = loop.maker.score(rollouts)
+    assert scores == pytest.approx([2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5)
+    assert true_scores is None
+
+
+def test_the_reward_function_sees_query_prompt_and_label(tmp_path):
+    source = (
+        "def reward_func(queries, prompts, labels):\n"
+        "    assert all(query.startswith(prompt) for query, prompt in zip(queries, prompts))\n"
+        "    return [float(label) for label in labels]\n"
+    )
+    config = replace(tiny_ppo_config(tmp_path), reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
+    loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
+    assert loop.maker.score(generated(loop, count=3))[0] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path):
+    model = tiny_reward_model(tmp_path / "rm", mean=0.0, std=0.0)
+    config = tiny_ppo_config(tmp_path)
+    models = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=model)
+    loop, _ = local_loop(replace(config, model=models, reward=RewardConfig(normalize_reward=True)))
+    with pytest.raises(NumericError, match="prompt 0"):
+        loop.maker.make(generated(loop))
+
+
+def test_metrics_describe_the_rollouts(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    short, long = loop.prompts[0], loop.prompts[2]
+    rollouts = [rollout_of(short, [11, EOS]), rollout_of(long, [11, 12, 13, 14], finish_reason="length")]
+    exact = loop.roles.policy.worker.log_probs(shard(rollouts, 1, 0))[0]
+    mask = shard(rollouts, 1, 0)[0].action_mask
+    rollouts = [
+        replace(rollout, log_probs=tuple(row[keep].tolist()))
+        for rollout, row, keep in zip(rollouts, exact, mask, strict=True)
+    ]
+    metrics = loop.maker.make(rollouts).metrics
+    assert metrics["response_length"] == 3.0
+    assert metrics["truncated_rate"] == 0.5
+    assert metrics["total_length"] == (len(short.token_ids) + len(long.token_ids) + 6) / 2
+    assert metrics["entropy"] == pytest.approx(-float(exact[mask].mean()), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["sync_gap"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_engine_that_serves_other_weights_stops_the_run(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    rollouts = [replace(rollout, log_probs=tuple(p - 0.5 for p in rollout.log_probs)) for rollout in generated(loop)]
+    with pytest.raises(InfraError, match="tied embeddings.*dtype.*stale"):
+        loop.maker.make(rollouts)
+    loop.maker.config = replace(loop.config, vllm=VLLMConfig(sync_tolerance=0.6))
+    assert loop.maker.make(rollouts).metrics["sync_gap"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_log_probs_that_are_not_numbers_stop_the_run(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    rollouts = [replace(rollout, log_probs=(float("nan"),) * rollout.num_actions) for rollout in generated(loop)]
+    with pytest.raises(InfraError, match="nan"):
+        loop.maker.make(rollouts)
+
+
+def test_experiences_do_not_depend_on_the_number_of_shards(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae")
+    loop, _ = local_loop(config)
+    rollouts = generated(loop, count=7)
+    one = loop.maker.make(rollouts)
+    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
+    three = loop.maker.make(rollouts)
+    assert [len(part) for part in three.shards] == [2, 2, 3]
+    assert three.metrics == pytest.approx(one.metrics, abs=1e-5)
+    assert three.whiten == pytest.approx(one.whiten, rel=1e-5)
+    rows = torch.cat([part.advantages[part.action_mask] for part in three.shards])
+    torch.testing.assert_close(rows, one.shards[0].advantages[one.shards[0].action_mask], atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_rollouts_than_shards_leave_some_empty(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
+    made = loop.maker.make(generated(loop, count=2))
+    assert sorted(len(part) for part in made.shards) == [0, 1, 1]
+    assert loop.update(made)["policy_loss"] == pytest.approx(0.0, abs=1.0)
+
+
+def test_without_a_kl_penalty_there_is_no_reference(tmp_path):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), init_kl_coef=0.0))
+    assert loop.roles.reference is None
+    assert loop.maker.make(generated(loop)).metrics["kl"] == 0.0
+
+
+def test_dealing_keeps_order_and_balance():
+    assert deal(range(7), 3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert deal([], 2) == [[], []]
+
+
+def test_prompts_of_different_length_are_made_for_the_tests(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    assert len({len(prompt.token_ids) for prompt in tiny_prompts(loop.maker.tokenizer, 6)}) > 1

@@ -1,0 +1,216 @@
+"""Whole runs in one process: learning, evaluation, KL control, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openrlhf.config.groups import CheckpointConfig, LoggingConfig
+from openrlhf.config.ppo import EvalConfig, PPOModelConfig, PPOOptimConfig, RewardConfig
+from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.trainer.ppo.experience import build_kl_controller
+from openrlhf.trainer.ppo.loop import optimizer_steps, steps_per_episode
+from tests.trainer.ppo.harness import (
+    local_loop,
+    policy_weights,
+    reward_file,
+    tiny_ppo_config,
+    tiny_reward_model,
+    with_algorithm,
+    with_batch,
+    with_rollout,
+)
+
+
+def learning_config(tmp_path, estimator: str, **rollout):
+    config = with_rollout(
+        tiny_ppo_config(tmp_path), num_episodes=15, rollout_batch_size=32, generate_max_len=8, **rollout
+    )
+    optim = PPOOptimConfig(actor_learning_rate=1e-2, critic_learning_rate=1e-2)
+    config = with_batch(replace(config, optim=optim), train_batch_size=32, micro_train_batch_size=16)
+    return with_algorithm(config, advantage_estimator=estimator, lambd=0.95, init_kl_coef=0.001)
+
+
+@pytest.mark.parametrize(("estimator", "samples"), [("gae", 1), ("reinforce", 1), ("rloo", 2)])
+def test_the_reward_rises(tmp_path, estimator, samples):
+    loop, recorder = local_loop(learning_config(tmp_path, estimator, n_samples_per_prompt=samples), prompts=32)
+    loop.fit()
+    rewards = [step["reward"] for step in recorder.steps]
+    assert len(rewards) == 15
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.75
+    assert all(step["sync_gap_max"] < 1e-4 for step in recorder.steps)
+    wanted = {"policy_loss", "actor_lr", "kl", "reward", "return", "response_length", "total_length", "clip_fraction"}
+    times = {f"time/{phase}" for phase in ("generate", "make_experience", "train", "sync", "step")}
+    critic = {"critic_loss", "values", "critic_lr"} if estimator == "gae" else set()
+    assert wanted | times | critic <= set(recorder.steps[0])
+
+
+def test_a_learned_reward_is_the_sum_on_the_last_token_less_the_kl(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
+    config = replace(with_algorithm(config, advantage_estimator="gae", init_kl_coef=0.5), model=model)
+    loop, recorder = local_loop(with_rollout(replace(config, reward=RewardConfig()), num_episodes=2))
+    loop.fit()
+    for step in recorder.steps:
+        per_sample = step["kl"] * step["response_length"]
+        assert step["return"] == pytest.approx(step["reward"] - 0.5 * per_sample, abs=1e-5)
+    assert recorder.steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert recorder.steps[-1]["kl"] != 0.0
+
+
+def test_the_adaptive_coefficient_follows_the_measured_kl_once_a_rollout(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), init_kl_coef=0.1, kl_target=0.05)
+    loop, recorder = local_loop(with_rollout(config, num_episodes=3))
+    loop.fit()
+    expected = 0.1
+    for step in recorder.steps:
+        assert step["kl_coef"] == pytest.approx(expected)
+        expected *= 1 + min(max(step["kl"] / 0.05 - 1, -0.2), 0.2) * 8 / 10000
+    assert loop.maker.kl_controller.value == pytest.approx(expected)
+    assert build_kl_controller(with_algorithm(config, kl_target=None)).value == 0.1
+
+
+def test_the_actor_waits_while_it_is_frozen(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae", freezing_actor_steps=1)
+    loop, recorder = local_loop(config)
+    loop.fit()
+    first, second = recorder.steps
+    assert "policy_loss" not in first and "critic_loss" in first
+    assert "policy_loss" in second
+    assert second["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_evaluation_before_and_after_leaves_figures_and_samples(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    evaluation = EvalConfig(eval_temperature=(1.0, 0.0), eval_reward_func=reward_file(tmp_path))
+    loop, recorder = local_loop(replace(config, evaluation=evaluation), eval_prompts=3)
+    loop.fit()
+    assert [step for step, _ in recorder.evaluations] == [0, 2]
+    assert {"true_score_t1", "true_score_t0", "reward_t1", "reward_t0"} <= set(recorder.evaluations[0][1])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["when"] for line in lines] == ["before"] * 6 + ["train"] * 8 + ["after"] * 6
+    before, after = ([line["prompt"] for line in lines if line["when"] == when] for when in ("before", "after"))
+    assert before == after
+    assert all(line["true_score"] == line["reward"] for line in lines)
+    assert "true_score" in recorder.steps[0]
+
+
+def test_the_true_score_is_never_trained_on(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    plain, _ = local_loop(config)
+    plain.fit()
+    watched, _ = local_loop(replace(config, evaluation=EvalConfig(eval_reward_func=config.reward.remote_rm_url)))
+    watched.fit()
+    for name, weight in policy_weights(plain).items():
+        assert torch.equal(weight, policy_weights(watched)[name])
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce"])
+def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator):
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2)
+    config = with_algorithm(config, advantage_estimator=estimator, kl_target=0.05)
+    whole, recorder = local_loop(config)
+    whole.fit()
+
+    config = replace(config, checkpoint=replace(config.checkpoint, save_steps=2))
+    broken, first = local_loop(config, stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = replace(config, checkpoint=replace(config.checkpoint, load_checkpoint=True))
+    loop, second = local_loop(resumed)
+    loop.fit()
+
+    assert [step["step"] for step in second.steps] == [3, 4]
+    timed = {name for name in recorder.steps[0] if name.startswith("time/")}
+    for one, other in zip(recorder.steps, [*first.steps[:2], *second.steps], strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    for name, weight in policy_weights(whole).items():
+        assert torch.equal(weight, policy_weights(loop)[name])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    config = replace(config, checkpoint=replace(config.checkpoint, save_steps=1))
+    loop, _ = local_loop(config)
+    loop.fit()
+    resumed = replace(config, checkpoint=replace(config.checkpoint, load_checkpoint=True))
+    with pytest.raises(UsageError, match="prompts 16, this run has 24"):
+        local_loop(resumed, prompts=24)[0].fit()
+
+
+def test_a_checkpoint_may_carry_a_model_folder(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    paths = {"save_path": str(tmp_path / "out"), "ckpt_path": str(tmp_path / "ckpt")}
+    checkpoint = CheckpointConfig(**paths, save_steps=2, save_hf_ckpt=True, disable_ds_ckpt=True)
+    loop, _ = local_loop(replace(tiny_ppo_config(tmp_path), checkpoint=checkpoint))
+    loop.fit()
+    assert not (tmp_path / "ckpt" / "global_step2").exists()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt" / "global_step2_hf", dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(saved.state_dict()[name], policy_weights(loop)[f"model.{name}"])
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    runs = []
+    for seed in (1, 1, 2):
+        loop, recorder = local_loop(with_batch(config, seed=seed))
+        loop.fit()
+        runs.append([(step["reward"], step["policy_loss"]) for step in recorder.steps])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_every_prompt_comes_once_an_episode_and_a_short_step_is_kept(tmp_path):
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2, rollout_batch_size=6)
+    loop, _ = local_loop(config, prompts=16)
+    seen = []
+    for prompts in loop.prompt_batches():
+        seen.append([prompt.uid for prompt in prompts])
+        loop.global_step += 1
+    assert [len(step) for step in seen] == [6, 6, 4] * 2
+    episodes = [sum(seen[:3], []), sum(seen[3:], [])]
+    assert sorted(episodes[0]) == sorted(episodes[1]) == sorted(str(number) for number in range(16))
+    assert episodes[0] != episodes[1]
+    assert steps_per_episode(config, 16) == 3
+    # 2 episodes x (6 + 6 + 4 answers in steps of at most 8).
+    assert optimizer_steps(config, 16) == 2 * 3
+    assert optimizer_steps(with_batch(config, train_batch_size=4, max_epochs=3), 16) == 2 * (2 + 2 + 1) * 3
+
+
+def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
+    config = with_batch(tiny_ppo_config(tmp_path), max_epochs=3, train_batch_size=4)
+    loop, recorder = local_loop(config)
+    loop.fit()
+    assert recorder.steps[0]["approx_kl"] > 0
+    assert all(math.isfinite(step["policy_loss"]) for step in recorder.steps)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    before = policy_weights(loop)
+    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    made.shards[0].advantages[0] = float("inf")
+    with pytest.raises(NumericError):
+        loop.update(made)
+    for name, weight in policy_weights(loop).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_evaluation_may_come_more_often(tmp_path):
+    logging = LoggingConfig(run_path=str(tmp_path / "run"), eval_steps=1)
+    loop, recorder = local_loop(replace(tiny_ppo_config(tmp_path), logging=logging), eval_prompts=2)
+    loop.fit()
+    assert [step for step, _ in recorder.evaluations] == [0, 1, 2]
+
+
+def test_no_prompts_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="no prompts"):
+        local_loop(tiny_ppo_config(tmp_path), prompts=0)
