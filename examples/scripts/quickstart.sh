@@ -44,13 +44,14 @@ stage sft deepspeed --num_accelerators 2 --module openrlhf.cli.train_sft \
   --output_key answer \
   --apply_chat_template \
   --max_len 64 \
-  --max_epochs 1 \
+  --max_epochs 4 \
   --train_batch_size 64 \
   --micro_train_batch_size 32 \
   --learning_rate 3e-3 \
-  --lr_warmup_ratio 0.06 \
+  --lr_scheduler cosine \
+  --lr_warmup_ratio 0.03 \
   --zero_stage 1 \
-  --eval_steps 20 \
+  --eval_steps 80 \
   --logging_steps 10 \
   --seed "$seed" \
   --ckpt_path "$out/sft_ckpt" \
@@ -63,7 +64,7 @@ stage reward_model deepspeed --num_accelerators 2 --module openrlhf.cli.train_rm
   --prompt_key prompt \
   --apply_chat_template \
   --max_len 64 \
-  --max_epochs 2 \
+  --max_epochs 3 \
   --train_batch_size 64 \
   --micro_train_batch_size 32 \
   --learning_rate 1e-3 \

@@ -1,0 +1,91 @@
+"""Every command in the README and in the example scripts is one that a user could run."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from openrlhf.config.arguments import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "examples/scripts").glob("*.sh"))
+CONFIGS = {"train_sft": "SFTConfig", "train_rm": "RewardModelConfig", "train_ppo_ray": "PPOConfig"}
+MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
+PLACEHOLDERS = {"$engines": "1", "$seed": "0"}
+
+
+def shell_blocks(text):
+    """Return the commands of the bash blocks of a Markdown text."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def commands_of(text):
+    """Return (command name, arguments) of every training command in a script or README."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        match = MODULE.search(line)
+        if match and not line.lstrip().startswith("#"):
+            rest = line[match.end() :].split(" #")[0]
+            found.append((match.group(1), [expand(word) for word in split(rest)]))
+    return found
+
+
+def split(line):
+    """Split like bash, as far as the documents need it: $'...' quotes hold escapes."""
+    line = re.sub(r"\$'([^']*)'", lambda m: shlex.quote(m.group(1).replace("\\n", "\n")), line)
+    return shlex.split(line)
+
+
+def expand(word):
+    """Return a word with its shell variables replaced by something of the right kind."""
+    word = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word)
+    for name, value in PLACEHOLDERS.items():
+        word = word.replace(name, value)
+    return re.sub(r"\$here", str(ROOT / "examples/scripts"), word)
+
+
+def check(name, arguments):
+    module = importlib.import_module("openrlhf.config.ppo" if name == "train_ppo_ray" else "openrlhf.config.groups")
+    parse(getattr(module, CONFIGS[name]), [*arguments, "--dry_run"], name)
+
+
+README_COMMANDS = commands_of((ROOT / "README.md").read_text())
+SCRIPT_COMMANDS = [(path.name, *command) for path in SCRIPTS for command in commands_of(path.read_text())]
+
+
+@pytest.mark.parametrize(("name", "arguments"), README_COMMANDS, ids=[name for name, _ in README_COMMANDS])
+def test_every_training_command_of_the_readme_parses(name, arguments):
+    check(name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [command[1:] for command in SCRIPT_COMMANDS],
+    ids=[f"{script}-{name}" for script, name, _ in SCRIPT_COMMANDS],
+)
+def test_every_training_command_of_the_example_scripts_parses(name, arguments):
+    check(name, arguments)
+
+
+def test_the_documents_hold_the_commands_that_these_tests_look_for():
+    assert {name for name, _ in README_COMMANDS} == set(CONFIGS)
+    assert len(SCRIPT_COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("line", shell_blocks((ROOT / "README.md").read_text()))
+def test_every_other_command_of_the_readme_names_something_that_exists(line):
+    words = split(line)
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[0] in ("deepspeed", "python3", "ray") and MODULE.search(line)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "tests/run.sh", ROOT / ".ci/run"], ids=lambda path: path.name)
+def test_every_script_is_valid_bash_and_can_be_executed(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert path.stat().st_mode & 0o100
