@@ -53,7 +53,9 @@ def configure_threads(processes: int | None = None) -> None:
     user wins.
     """
     if processes is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        processes = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1
+        )
     for name, value in thread_environment(processes).items():
         os.environ.setdefault(name, value)
 

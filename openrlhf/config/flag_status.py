@@ -63,6 +63,7 @@ NOT_YET = {
 
 NO_EFFECT_HERE = {
     "actor_init_on_gpu": NoEffect("every model is loaded straight to its device"),
+    "compute_fp32_loss": NoEffect("rewards and their loss are always fp32"),
     "perf": NoEffect("the time of each phase is always recorded"),
     "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
     "overlap_comm": NoEffect("it needs --zero_stage 2 or 3", lambda values, gpu: values["zero_stage"] < 2),

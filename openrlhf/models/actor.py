@@ -46,7 +46,8 @@ class Actor(TokenModel):
 
     The head runs inside its own module, once a forward, on the positions that are needed, and never holds the logits
     of a whole batch. A model that changes its logits after the head (a final soft-cap, a scale) is found at the first
-    forward and goes through its full logits instead.
+    forward and goes through its full logits instead. ``bf16`` counts for a folder only; ``use_flash_attention_2``
+    changes nothing, because FlashAttention runs wherever it fits.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Attention over a row of concatenated sequences, plugged into transformers under the name ``openrlhf_unpadded``.
 
 A model that uses it computes nothing for padding. The sequences' lengths travel as the keyword ``unpadded`` of the
-model's forward (a :class:`~openrlhf.models.packing.Rows`), so they survive gradient checkpointing. On a GPU the
-kernel is flash-attn's or torch's variable-length one; elsewhere it is one causal SDPA call a sequence.
+model's forward (a :class:`~openrlhf.models.packing.Rows`), so they survive gradient checkpointing. In half precision
+on a GPU the kernel is torch's variable-length FlashAttention, or the flash-attn package's where torch has none;
+elsewhere it is one causal SDPA call a sequence.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _variable_length_kernel(query: Tensor, value: Tensor, dropout: float, softca
     fits = query.is_cuda and query.dtype in HALF_TYPES and query.shape[-1] == value.shape[-1] <= 256
     if not fits or dropout or softcap is not None or s_aux is not None:
         return None
-    return _flash_attn_kernel() or _torch_kernel()
+    return _torch_kernel() or _flash_attn_kernel()
 
 
 @functools.cache

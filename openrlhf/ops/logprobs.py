@@ -46,7 +46,9 @@ def token_log_probs_and_entropy(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Return :func:`token_log_probs` and the entropy ``(N,)`` of each distribution in nats; the latter has no gradient."""
+    """Return :func:`token_log_probs` and the entropy ``(N,)`` of each distribution in nats; the latter has no
+    gradient.
+    """
     return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size, True)
 
 

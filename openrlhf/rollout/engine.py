@@ -11,7 +11,9 @@ class RolloutEngine(Protocol):
     """Turns prompts into sampled answers."""
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Return ``sampling.n`` rollouts a prompt, those of one prompt next to each other, in the order of ``prompts``."""
+        """Return ``sampling.n`` rollouts a prompt, those of one prompt next to each other, in the order of
+        ``prompts``.
+        """
         ...
 
     def sleep(self) -> None:

@@ -17,7 +17,8 @@ LOWEST = torch.finfo(torch.float32).min
 class HFEngine:
     """A :class:`~openrlhf.rollout.engine.RolloutEngine` around an :class:`~openrlhf.models.actor.Actor`.
 
-    Every sample has a random generator of its own, so it does not depend on what shares its batch.
+    Every sample has a random generator of its own, so it does not depend on what shares its batch. The ranks of a
+    sharded policy call :meth:`generate` together, with equally many prompts.
 
     Attributes:
         policy_version: number of weight updates the policy has seen; written into the rollouts.

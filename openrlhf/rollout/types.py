@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from openrlhf.datasets.prompts import Prompt
 
-
 __all__ = ["Experience", "Prompt", "Rollout", "SamplingParams", "ScoredBatch", "SequenceBatch", "sample_seed"]
 
 

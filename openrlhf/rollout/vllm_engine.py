@@ -21,6 +21,7 @@ WORKER_EXTENSION = "openrlhf.ray.vllm_worker.WeightReloader"
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core stays in this process: starts in 4 s instead of 26 s
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else a model over two processes wants two NUMA nodes
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -81,6 +82,7 @@ class VLLMEngine:
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=self._eager,
             tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
             trust_remote_code=trust_remote_code,
             enable_sleep_mode=self._can_sleep,
             **(_cpu_options(max_model_len) if on_cpu else {"gpu_memory_utilization": gpu_memory_utilization}),

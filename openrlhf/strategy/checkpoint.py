@@ -123,7 +123,9 @@ class CheckpointManager:
         if moved:
             self._say(f"checkpoints of an earlier run moved to {moved} (--load_checkpoint resumes from them)")
 
-    def save(self, step: int, roles: Mapping[str, Callable[[Path], None]], state: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self, step: int, roles: Mapping[str, Callable[[Path], None]], state: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write the checkpoint of ``step`` and prune older ones; return its folder.
 
         Each saver is called by all ranks with its role's folder. ``state`` must fit into JSON. Raises ``InfraError``
@@ -170,7 +172,13 @@ class CheckpointManager:
         entries = {name: entry for share in self.comm.all_gather_object(mine) for name, entry in share.items()}
 
         def publish() -> None:
-            body = {"format": FORMAT, "step": step, "layout": self.layout, "state": dict(state or {}), "files": entries}
+            body = {
+                "format": FORMAT,
+                "step": step,
+                "layout": self.layout,
+                "state": dict(state or {}),
+                "files": entries,
+            }
             manifest = {"sha256": _digest(body), **body}
             files.write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
             files.fsync_tree(folder, files=False)
@@ -216,7 +224,9 @@ class CheckpointManager:
         manifest, problem = _read_manifest(path)
         views = self.comm.all_gather_object((manifest.get("sha256"), problem))
         if len(set(views)) > 1:
-            raise InfraError(f"the ranks do not see the same {path / MANIFEST}: put --ckpt_path on a shared disk ({views})")
+            raise InfraError(
+                f"the ranks do not see the same {path / MANIFEST}: put --ckpt_path on a shared disk ({views})"
+            )
         if problem is None:
             problem = _first_damage(path, manifest["files"], self.comm.rank, self.comm.world_size)
             self.comm.barrier(f"verify {path.name}", self.wait_s)

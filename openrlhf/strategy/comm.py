@@ -1,4 +1,6 @@
-"""How the processes of a run talk: a small interface, alone or over torch.distributed, where every wait has a deadline."""
+"""How the processes of a run talk: a small interface, alone or over torch.distributed, where every wait has a
+deadline.
+"""
 
 from __future__ import annotations
 
@@ -117,8 +119,8 @@ class TorchComm:
         except dist.DistError as error:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise InfraError(
-                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for ranks {missing} of {self.world_size} "
-                "(--collective_timeout)"
+                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for ranks {missing} of "
+                f"{self.world_size} (--collective_timeout)"
             ) from error
         # Everyone has passed the barrier before this one.
         self._store.delete_key(f"{self._barriers - 1}/{self.rank}")

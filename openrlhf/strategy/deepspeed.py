@@ -7,6 +7,7 @@ Left out: what a loss is, when to save and where checkpoints live (`checkpoint.p
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
@@ -27,6 +28,7 @@ from openrlhf.strategy import deepspeed_config
 from openrlhf.strategy.comm import Comm, SoloComm, TorchComm, waiting
 from openrlhf.strategy.optimizer import build_optimizer, build_schedule, cpu_adam_is_available
 
+logger = logging.getLogger(__name__)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,7 +102,9 @@ class DeepSpeedStrategy:
                 _join(timeout)
             else:
                 # A store inside the process: no port to find, nothing to connect to.
-                dist.init_process_group(machine.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                dist.init_process_group(
+                    machine.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                )
         _start_deepspeed(timeout)
         if dist.get_world_size() > 1:
             self.comm = TorchComm(self.config.collective_timeout)
@@ -169,7 +173,7 @@ class DeepSpeedStrategy:
         available = cpu_adam_is_available()
         everywhere = self.comm.all_reduce(float(available)) == self.world_size
         if not everywhere and self.rank == 0:
-            print("--adam_offload: DeepSpeed's CPU Adam cannot be compiled here; torch's fused AdamW is used instead")
+            logger.warning("--adam_offload: DeepSpeed's CPU Adam cannot be compiled here; torch's fused AdamW is used")
         return everywhere
 
     def _sizes(self) -> dict[str, Any]:
@@ -256,7 +260,9 @@ class TrainEngine:
         lr = self.lr
         with waiting("the optimizer step", self.strategy.config.collective_timeout):
             self.engine.step()
-        norm = self._own_norm if self.engine.optimizer is self._optimizer else float(self.engine.get_global_grad_norm())
+        norm = (
+            self._own_norm if self.engine.optimizer is self._optimizer else float(self.engine.get_global_grad_norm())
+        )
         if norm is None or not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
             raise NumericError(
                 f"the gradient is not finite (norm {norm}) at optimizer step {self._schedule.last_epoch + 1}; the "
@@ -276,7 +282,9 @@ class TrainEngine:
         directory = Path(directory)
         state = {"schedule": self._schedule.state_dict()}
         with waiting(f"saving {directory}", self.strategy.config.collective_timeout):
-            self.engine.save_checkpoint(str(directory.parent), tag=directory.name, client_state=state, save_latest=False)
+            self.engine.save_checkpoint(
+                str(directory.parent), tag=directory.name, client_state=state, save_latest=False
+            )
 
     def load(self, directory: str | Path) -> None:
         """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.

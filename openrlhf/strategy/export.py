@@ -20,7 +20,9 @@ WAIT_S = 3600.0
 
 
 def unwrap(source: TrainEngine | nn.Module) -> tuple[nn.Module, Callable[[str], str]]:
-    """Return the Hugging Face model inside an engine, an Actor or a ValueModel, and how its weights are named in files."""
+    """Return the Hugging Face model inside an engine, an Actor or a ValueModel, and how its weights are named in
+    files.
+    """
     module, name_in_file = source, _same
     while not hasattr(module, "save_pretrained"):
         name_in_file = getattr(module, "export_name", name_in_file)
@@ -36,9 +38,9 @@ def export_model(
 ) -> None:
     """Write the model of ``source`` to ``path``: safetensors, config and, if given, the tokenizer.
 
-    All ranks must call it; rank 0 writes. The folder is there whole or not at all, and an older model in it is replaced
-    only by a whole new one; other files in it stay. Wrappers name their weights with ``export_name``.
-    Raises ``InfraError`` on all ranks when the disk refuses.
+    All ranks must call it; rank 0 writes. The folder is there whole or not at all, and an older model in it is
+    replaced only by a whole new one; other files in it stay. Wrappers name their weights with ``export_name``. Raises
+    ``InfraError`` on all ranks when the disk refuses.
     """
     path = Path(path)
     model, name_in_file = unwrap(source)

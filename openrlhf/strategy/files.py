@@ -65,9 +65,10 @@ def publish_folder(staging: Path, target: Path) -> None:
 def publish_model(staging: Path, target: Path) -> None:
     """Move a written Hugging Face model into place so that ``target`` never mixes the weights of two models.
 
-    A new ``target`` appears by one rename. An existing one may hold other things (checkpoints, logs), which stay. There
-    the files are moved one by one, the index of sharded weights is taken away first and comes last, and shards that
-    the new model does not have are removed: at any moment the folder loads the old model, the new one, or nothing.
+    A new ``target`` appears by one rename. An existing one may hold other things (checkpoints, logs), which stay.
+    There the files are moved one by one, the index of sharded weights is taken away first and comes last, and shards
+    that the new model does not have are removed: at any moment the folder loads the old model, the new one, or
+    nothing.
     """
     fsync_tree(staging)
     if not target.exists():

@@ -73,9 +73,9 @@ def cpu_adam_is_available() -> bool:
 def _forget_beta_powers(optimizer, args, kwargs) -> None:
     """Make the next update a function of its step number alone.
 
-    DeepSpeed's CPU Adam keeps running products of the betas in its C++ object, outside ``state_dict``, so that a resumed
-    run differs in the last bit. A step number out of sequence makes it compute the powers afresh; so before every step
-    one scratch element is updated with such a number.
+    DeepSpeed's CPU Adam keeps running products of the betas in its C++ object, outside ``state_dict``, so that a
+    resumed run differs in the last bit. A step number out of sequence makes it compute the powers afresh; so before
+    every step one scratch element is updated with such a number.
     """
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     scratch = [torch.zeros(1) for _ in range(4)]

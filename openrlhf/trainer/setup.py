@@ -118,6 +118,6 @@ def memory_per_rank(total: int, trained: int, zero_stage: int, world_size: int, 
     fp32: 4 + 4 + 8 bytes a trained parameter; bf16: 2 + 4 + 12 with the fp32 master. ZeRO-1 shares the states over the
     ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights (ZeRO, https://arxiv.org/abs/1910.02054, section 3).
     """
-    weights, gradients, states = ((2, 4, 12) if bf16 else (4, 4, 8))
+    weights, gradients, states = (2, 4, 12) if bf16 else (4, 4, 8)
     share = [world_size if zero_stage >= stage else 1 for stage in (3, 2, 1)]
     return total * weights / share[0] + trained * (gradients / share[1] + states / share[2])

@@ -127,3 +127,19 @@ def test_missing_prompts_are_found_before_any_worker_starts(tmp_path):
     assert done.returncode == 3
     assert "nowhere.jsonl" in done.stderr
     assert "starting the workers" not in done.stdout
+
+
+@pytest.mark.full
+def test_sharded_bf16_actors_feed_vllm_and_export_their_average(tmp_path):
+    pytest.importorskip("vllm")
+    tiny_reward_model(tmp_path / "rm", mean=0.0, std=0.1)
+    flags = [*data(tmp_path), "--actor_num_gpus_per_node", "2", "--critic_num_gpus_per_node", "1"]
+    flags += ["--ref_num_gpus_per_node", "2", "--reward_num_gpus_per_node", "1", "--colocate_actor_ref"]
+    flags += ["--reward_pretrain", "rm", "--train_batch_size", "4", "--zero_stage", "3", "--bf16", "--enable_ema"]
+    done = ppo(*flags, "--vllm_num_engines", "1", "--kl_target", "0.05", "--save_steps", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(step["sync_gap"] < 2e-2 for step in metrics(tmp_path / "out_run"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("policy", "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].shape == before[name].shape
+    assert not torch.equal(after[name].float(), before[name].float())

@@ -112,3 +112,13 @@ def test_an_untied_head_follows_new_weights(tmp_path):
     model = model_of(1, tied=False)
     engine.update_weights(model.named_parameters(), 1)
     assert gap(model, engine.generate(PROMPTS, SAMPLING)) < 5e-6
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_model_over_two_processes_follows_new_weights(tmp_path):
+    folder = tiny_folder(tmp_path, tied=True, hidden=64, num_key_value_heads=2)
+    engine = engine_on(folder, tensor_parallel_size=2)
+    model = tiny_causal_lm(seed=4, tied=True, hidden=64, num_key_value_heads=2)
+    engine.update_weights(model.named_parameters(), 1)
+    assert gap(model, engine.generate(PROMPTS, SAMPLING)) < 5e-6

@@ -72,7 +72,9 @@ def run_step(engine: TrainEngine, strategy: DeepSpeedStrategy, step: int, micro:
     tokens, targets, mask = rows(step)
     weight = mask.sum()
     for start in range(0, ROWS // strategy.world_size, micro):
-        mine = slice(strategy.rank + start * strategy.world_size, (start + micro) * strategy.world_size, strategy.world_size)
+        mine = slice(
+            strategy.rank + start * strategy.world_size, (start + micro) * strategy.world_size, strategy.world_size
+        )
         loss = loss_sum(engine, tokens[mine], targets[mine], mask[mine])
         engine.backward(loss * float("inf") if poison and strategy.rank == 0 and start == 0 else loss, weight)
     return engine.step()
@@ -116,7 +118,9 @@ def gradients(stages: list[int], micros: list[int]) -> list:
 
 
 def poisoned(stages: list[int], **options) -> list:
-    """Return (stage, raised, weights unchanged, weights finite after a good step) with a gradient not finite on rank 0."""
+    """Return (stage, raised, weights unchanged, weights finite after a good step) with a gradient not finite on rank
+    0.
+    """
     found = []
     for stage in stages:
         strategy = strategy_of(zero_stage=stage, max_norm=1.0, **options)
@@ -132,7 +136,9 @@ def poisoned(stages: list[int], **options) -> list:
         run_step(engine, strategy, 1, 2)
         moved = weights(engine)
         healthy = all(bool(tensor.isfinite().all()) for tensor in moved.values())
-        found.append((stage, raised, same, healthy and any(not torch.equal(moved[name], after[name]) for name in moved)))
+        found.append(
+            (stage, raised, same, healthy and any(not torch.equal(moved[name], after[name]) for name in moved))
+        )
     return found
 
 
@@ -140,7 +146,10 @@ def resumed(stage: int, folder: str, **options) -> list[bool]:
     """Return which weights are bitwise equal after two resumes and without any, dropout on."""
     strategy = strategy_of(zero_stage=stage, max_norm=0.5, **options)
     manager = CheckpointManager(
-        CheckpointConfig(ckpt_path=folder, load_checkpoint=True), strategy.comm, layout=strategy.layout, say=lambda line: None
+        CheckpointConfig(ckpt_path=folder, load_checkpoint=True),
+        strategy.comm,
+        layout=strategy.layout,
+        say=lambda line: None,
     )
 
     def steps(engine: TrainEngine, first: int, last: int) -> TrainEngine:
@@ -206,7 +215,9 @@ def slow_rank_zero(folder: str) -> str:
         durable(path, text)
 
     files.write_durably = slowly
-    manager.save(1, {"actor": lambda path: (path.mkdir(exist_ok=True), (path / f"{strategy.rank}.txt").write_text("x"))})
+    manager.save(
+        1, {"actor": lambda path: (path.mkdir(exist_ok=True), (path / f"{strategy.rank}.txt").write_text("x"))}
+    )
     return manager.latest().path.name
 
 
@@ -216,7 +227,9 @@ def different_disks(folder: str) -> str:
     own = f"{folder}/{strategy.rank}"
     manager = CheckpointManager(CheckpointConfig(ckpt_path=own), strategy.comm, layout=strategy.layout)
     try:
-        manager.save(1, {"actor": lambda path: (path.mkdir(parents=True), (path / "w").write_text(str(strategy.rank)))})
+        manager.save(
+            1, {"actor": lambda path: (path.mkdir(parents=True), (path / "w").write_text(str(strategy.rank)))}
+        )
     except OpenRLHFError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -251,6 +264,8 @@ def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict[st
     norm = engine.step().grad_norm
     export_model(engine, strategy, out, load_tokenizer(folder))
     export_model(engine, strategy, out, load_tokenizer(folder))
-    return {"sharded": float(sharded), "norm": norm, "sum": float(sum(tensor.double().sum() for tensor in weights(engine).values()))}
-
-
+    return {
+        "sharded": float(sharded),
+        "norm": norm,
+        "sum": float(sum(tensor.double().sum() for tensor in weights(engine).values())),
+    }

@@ -30,7 +30,11 @@ def run_ranks(target: str, world: int, *, timeout: float = 240, check: bool = Tr
     their result.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [_start(target, rank, world, port, arguments, Path(folder)) for port in [_free_port()] for rank in range(world)]
+        processes = [
+            _start(target, rank, world, port, arguments, Path(folder))
+            for port in [_free_port()]
+            for rank in range(world)
+        ]
         try:
             _wait(processes, timeout, stop_on_failure=check)
         finally:
@@ -58,7 +62,14 @@ def _start(target: str, rank: int, world: int, port: int, arguments: dict, folde
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "tests.strategy.ranks", target, json.dumps(arguments), str(folder / f"{rank}.out")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.strategy.ranks",
+        target,
+        json.dumps(arguments),
+        str(folder / f"{rank}.out"),
+    ]
     with (folder / f"{rank}.log").open("w") as log:
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

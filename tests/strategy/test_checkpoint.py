@@ -209,7 +209,14 @@ def killing(monkeypatch, at):
 
         return call
 
-    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "write_text"), (Path, "mkdir"), (shutil, "rmtree"), (torch, "save")):
+    for owner, name in (
+        (os, "fsync"),
+        (Path, "rename"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (shutil, "rmtree"),
+        (torch, "save"),
+    ):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
     monkeypatch.setattr(Path, "write_bytes", watched(Path.write_bytes))
     return calls

@@ -20,7 +20,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 def plain():
     """Gradients of the first step and weights after three, in plain torch on the whole batch."""
     net = programs.tiny_net()
-    config = OptimConfig(learning_rate=1e-2, l2=0.1, adam_betas=programs.BETAS, lr_scheduler="linear", lr_warmup_ratio=0.0)
+    config = OptimConfig(
+        learning_rate=1e-2, l2=0.1, adam_betas=programs.BETAS, lr_scheduler="linear", lr_warmup_ratio=0.0
+    )
     optimizer = torch.optim.AdamW(parameter_groups(net, config.l2), betas=programs.BETAS)
     schedule = build_schedule(optimizer, config, 20)
     for step in range(3):
@@ -42,7 +44,9 @@ def check_against(plain, found):
         assert norm == pytest.approx(expected_norm, rel=1e-5), where + "norm"
         assert grads.keys() == first.keys()
         for name in first:
-            torch.testing.assert_close(grads[name], first[name], **CLOSE, msg=lambda text, at=where + name: f"{at}: {text}")
+            torch.testing.assert_close(
+                grads[name], first[name], **CLOSE, msg=lambda text, at=where + name: f"{at}: {text}"
+            )
             torch.testing.assert_close(weights[name], last[name], rtol=1e-4, atol=1e-5)
 
 

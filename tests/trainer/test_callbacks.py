@@ -55,9 +55,7 @@ class ListLogger(Logger):
         self.rows.append((phase, step, dict(values)))
 
 
-@pytest.mark.parametrize(
-    ("every", "steps"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (-1, []), (0, [])]
-)
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (-1, []), (0, [])])
 def test_due_means_every_so_many_steps_and_minus_one_never(every, steps):
     assert [step for step in range(1, 5) if due(step, every)] == steps
 

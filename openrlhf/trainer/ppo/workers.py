@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,13 @@ from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.device import empty_cache
-from openrlhf.errors import DataError
-from openrlhf.models.actor import Actor
-from openrlhf.models.loading import load_causal_lm
 from openrlhf.models.tokenizer import load_tokenizer
-from openrlhf.models.value_head import ValueModel, load_value_model
 from openrlhf.ops.masking import masked_sum, masked_whiten
 from openrlhf.ops.policy_loss import ppo_policy_loss, value_loss
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy.checkpoint import load_rng, save_rng
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.export import export_model
 from openrlhf.trainer.metrics import MetricSums
 from openrlhf.trainer.ppo.assembly import (
@@ -40,6 +35,7 @@ from openrlhf.trainer.ppo.assembly import (
 )
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences
+from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
 
 Means = dict[str, float]
 
@@ -47,13 +43,14 @@ Means = dict[str, float]
 class Worker:
     """What every role shares: the configuration, the ranks, and forwards cut into micro-batches."""
 
-    def __init__(self, config: PPOConfig, strategy: Any):
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy):
         self.config = config
         self.strategy = strategy
         self.comm = strategy.comm
         self.tokenizer = load_tokenizer(
             config.model.pretrain,
             use_fast=not config.model.disable_fast_tokenizer,
+            trust_remote_code=config.model.trust_remote_code,
             chat_template=config.prompts.tokenizer_chat_template,
         )
 
@@ -151,7 +148,7 @@ class TrainedWorker(Worker):
 class PolicyWorker(TrainedWorker):
     """The policy: generates when there is no other engine, scores, assembles experiences, learns."""
 
-    def __init__(self, config: PPOConfig, strategy: Any, *, max_steps: int):
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy, *, max_steps: int):
         super().__init__(config, strategy)
         self.actor = load_actor(config, strategy)
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
@@ -266,7 +263,7 @@ class PolicyWorker(TrainedWorker):
 class CriticWorker(TrainedWorker):
     """The critic: the value of the state before every action."""
 
-    def __init__(self, config: PPOConfig, strategy: Any, *, max_steps: int):
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy, *, max_steps: int):
         super().__init__(config, strategy)
         self.critic = load_critic(config, strategy, self.tokenizer.pad_token_id)
         self.engine = strategy.prepare_train(self.critic, config.optim.critic, max_steps)
@@ -295,7 +292,7 @@ class CriticWorker(TrainedWorker):
 class ReferenceWorker(Worker):
     """The model that the policy should stay close to."""
 
-    def __init__(self, config: PPOConfig, strategy: Any):
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy):
         super().__init__(config, strategy)
         actor = load_actor(config, strategy, train=False)
         self.model = strategy.prepare_eval(actor, offload=config.reward.ref_reward_offload)
@@ -316,7 +313,7 @@ class ReferenceWorker(Worker):
 class RewardWorker(Worker):
     """A reward model: one score a sequence."""
 
-    def __init__(self, config: PPOConfig, strategy: Any, *, path: str):
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy, *, path: str):
         super().__init__(config, strategy)
         self.model = load_reward_model(config, strategy, path, self.tokenizer)
 
@@ -327,58 +324,3 @@ class RewardWorker(Worker):
     def _score(self, batch: SequenceBatch) -> Tensor:
         sequences, attention_mask = close_with_eos(batch.sequences, batch.attention_mask, self.tokenizer.eos_token_id)
         return self.model(sequences, attention_mask, read="last")
-
-
-def load_actor(config: PPOConfig, strategy: Any, *, train: bool = True) -> Actor:
-    """Return the policy of ``--pretrain``; ``train`` false for a model that only looks."""
-    model = load_causal_lm(
-        config.model.pretrain,
-        config.model,
-        config.attention,
-        gather=strategy.gather,
-        context=partial(strategy.loading_context, train=train),
-    )
-    return Actor(model, packing_samples=config.attention.packing_samples)
-
-
-def load_critic(config: PPOConfig, strategy: Any, pad_token_id: int) -> ValueModel:
-    """Return the critic: a reward model goes on with its head, the policy's own folder gets a fresh one."""
-    source = config.critic_source
-    model = load_value_model(
-        source,
-        config.model,
-        config.attention,
-        gather=partial(strategy.gather, modifier_rank=0),
-        context=strategy.loading_context,
-        init_value_head=True if source == config.model.pretrain else None,
-        value_head_prefix=config.model.value_head_prefix,
-        normalize_reward=config.reward.normalize_reward,
-        pad_token_id=pad_token_id,
-        seed=config.batch.seed,
-        flag="--critic_pretrain" if config.model.critic_pretrain else "--reward_pretrain",
-    )
-    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
-
-
-def load_reward_model(config: PPOConfig, strategy: Any, path: str, tokenizer: Any) -> Any:
-    """Return the reward model at ``path``, ready to score. Raises DataError when it has another vocabulary."""
-    own = load_tokenizer(path, use_fast=not config.model.disable_fast_tokenizer)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--reward_pretrain {path}: its vocabulary differs from that of --pretrain {config.model.pretrain}; "
-            "the reward model reads the policy's token ids, so both must have one tokenizer"
-        )
-    model = load_value_model(
-        path,
-        replace(config.model, gradient_checkpointing=False),
-        config.attention,
-        gather=strategy.gather,
-        context=partial(strategy.loading_context, train=False),
-        init_value_head=False,
-        value_head_prefix=config.model.value_head_prefix,
-        normalize_reward=config.reward.normalize_reward,
-        pad_token_id=tokenizer.pad_token_id,
-        flag="--reward_pretrain",
-    )
-    value_model = ValueModel(model, read="last", packing_samples=config.attention.packing_samples)
-    return strategy.prepare_eval(value_model, offload=config.reward.ref_reward_offload)

@@ -1,0 +1,73 @@
+"""Which model a role of PPO starts from, and how it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import DataError
+from openrlhf.models.actor import Actor
+from openrlhf.models.loading import load_causal_lm
+from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.value_head import ValueModel, load_value_model
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+
+
+def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = True) -> Actor:
+    """Return the policy of ``--pretrain``; ``train`` false for a model that only looks."""
+    model = load_causal_lm(
+        config.model.pretrain,
+        config.model if train else replace(config.model, gradient_checkpointing=False),
+        config.attention,
+        gather=strategy.gather,
+        context=partial(strategy.loading_context, train=train),
+    )
+    return Actor(model, packing_samples=config.attention.packing_samples)
+
+
+def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: int) -> ValueModel:
+    """Return the critic: a reward model goes on with its head, the policy's own folder gets a fresh one."""
+    source, named = config.critic_source, config.model
+    own_flag = "--pretrain" if source == named.pretrain else "--reward_pretrain"
+    model = load_value_model(
+        source,
+        config.model,
+        config.attention,
+        gather=partial(strategy.gather, modifier_rank=0),
+        context=strategy.loading_context,
+        init_value_head=True if source == named.pretrain else None,
+        value_head_prefix=config.model.value_head_prefix,
+        normalize_reward=config.reward.normalize_reward,
+        pad_token_id=pad_token_id,
+        seed=config.batch.seed,
+        flag="--critic_pretrain" if named.critic_pretrain else own_flag,
+    )
+    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
+
+
+def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str, tokenizer: Any) -> Any:
+    """Return the reward model at ``path``, ready to score. Raises DataError when it has another vocabulary."""
+    own = load_tokenizer(
+        path, use_fast=not config.model.disable_fast_tokenizer, trust_remote_code=config.model.trust_remote_code
+    )
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"--reward_pretrain {path}: its vocabulary differs from that of --pretrain {config.model.pretrain}; "
+            "the reward model reads the policy's token ids, so both must have one tokenizer"
+        )
+    model = load_value_model(
+        path,
+        replace(config.model, gradient_checkpointing=False),
+        config.attention,
+        gather=strategy.gather,
+        context=partial(strategy.loading_context, train=False),
+        init_value_head=False,
+        value_head_prefix=config.model.value_head_prefix,
+        normalize_reward=config.reward.normalize_reward,
+        pad_token_id=tokenizer.pad_token_id,
+        flag="--reward_pretrain",
+    )
+    value_model = ValueModel(model, read="last", packing_samples=config.attention.packing_samples)
+    return strategy.prepare_eval(value_model, offload=config.reward.ref_reward_offload)
