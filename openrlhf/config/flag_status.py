@@ -71,7 +71,7 @@ NO_EFFECT_HERE = {
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
     "ref_reward_offload": NoEffect("without a GPU models are in main memory already", _on_cpu),
-    "flash_attn": NoEffect("without a GPU attention is our own or torch's", _on_cpu),
+    "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),
 }
 

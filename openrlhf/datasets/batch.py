@@ -15,7 +15,9 @@ from typing_extensions import Self
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return ``(sequences (B, S) int64, attention_mask (B, S) bool)`` of ``rows`` padded on the right to the longest."""
+    """Return ``(sequences (B, S) int64, attention_mask (B, S) bool)`` of ``rows`` padded on the right
+    to the longest.
+    """
     width = max(len(row) for row in rows)
     sequences = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""Losses over pairs of a chosen and a rejected answer. They return sums; the caller divides by the pairs of the step."""
+"""Losses over pairs of a chosen and a rejected answer. They return sums; the caller divides by the
+pairs of the step.
+"""
 
 from __future__ import annotations
 

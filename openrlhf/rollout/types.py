@@ -20,7 +20,9 @@ __all__ = ["Experience", "Prompt", "Rollout", "SamplingParams", "ScoredBatch", "
 
 
 def sample_seed(run_seed: int, step: int, uid: str, index: int) -> int:
-    """Return the 31-bit seed of sample ``index`` of prompt ``uid`` at ``step``: order and batching cannot change it."""
+    """Return the 31-bit seed of sample ``index`` of prompt ``uid`` at ``step``: order and batching
+    cannot change it.
+    """
     digest = hashlib.sha256(f"{run_seed}/{step}/{uid}/{index}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 

@@ -105,7 +105,9 @@ class CheckpointManager:
         return None
 
     def start_fresh(self) -> None:
-        """Move the checkpoints of an earlier run to ``previous-<time>``: they are neither mixed with ours nor deleted."""
+        """Move the checkpoints of an earlier run to ``previous-<time>``: they are neither mixed with
+        ours nor deleted.
+        """
 
         def move() -> str | None:
             self._clean()
@@ -267,7 +269,9 @@ class CheckpointManager:
         return [path for path in self._folders() if not path.name.endswith("_hf")]
 
     def _on_main(self, action: Callable[[], Any], what: str, partial: Path | None = None) -> Any:
-        """Run ``action`` on rank 0 and return its result on all ranks; all raise ``InfraError`` if the disk refuses."""
+        """Run ``action`` on rank 0 and return its result on all ranks; all raise ``InfraError`` if the
+        disk refuses.
+        """
         value, problem = None, None
         if self.comm.rank == 0:
             try:

@@ -24,7 +24,9 @@ class Comm(Protocol):
     world_size: int
 
     def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
-        """Return ``value`` combined over the ranks by ``op`` (``sum``, ``max`` or ``mean``); a new tensor, or a float."""
+        """Return ``value`` combined over the ranks by ``op`` (``sum``, ``max`` or ``mean``); a new
+        tensor, or a float.
+        """
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the ``value`` of every rank, in rank order."""

@@ -33,7 +33,9 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did: the gradient norm before clipping, the learning rate it used, whether it counted."""
+    """What one optimizer step did: the gradient norm before clipping, the learning rate it used,
+    whether it counted.
+    """
 
     grad_norm: float
     lr: float
@@ -167,7 +169,8 @@ class DeepSpeedStrategy:
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=module, config=self._eval_config(offload))
-        return engine.eval()
+        engine.eval()
+        return engine
 
     def _all_ranks_have_cpu_adam(self) -> bool:
         available = cpu_adam_is_available()

@@ -9,7 +9,9 @@ from openrlhf.errors import UsageError
 
 
 def check(config: DeepSpeedConfig, bf16: bool) -> None:
-    """Raise ``UsageError`` with every combination that DeepSpeed would refuse later, or treat in silence as another."""
+    """Raise ``UsageError`` with every combination that DeepSpeed would refuse later, or treat in
+    silence as another.
+    """
     problems = []
     stage, dtype = config.zero_stage, config.grad_accum_dtype
     if dtype and stage == 0 and dtype != ("bf16" if bf16 else "fp32"):

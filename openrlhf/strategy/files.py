@@ -50,7 +50,9 @@ def tree_size(root: Path) -> int:
 
 
 def publish_folder(staging: Path, target: Path) -> None:
-    """Rename the whole folder ``staging`` to ``target``; an older ``target`` is kept as ``.old`` until that is done."""
+    """Rename the whole folder ``staging`` to ``target``; an older ``target`` is kept as ``.old`` until
+    that is done.
+    """
     old = target.with_name(target.name + ".old")
     if old.exists():
         shutil.rmtree(old)

@@ -74,8 +74,8 @@ class JsonlLogger(Logger):
         self._file = None
 
     def _open(self, step: int) -> None:
-        """Keep the lines up to ``step``, drop later or torn ones, and append from there."""
-        kept = [line for line in self._lines() if self._step_of(line) <= step]
+        """Keep the lines up to ``step``, drop later or torn ones, and append from there; step 0 begins anew."""
+        kept = [line for line in self._lines() if self._step_of(line) <= step] if step else []
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)

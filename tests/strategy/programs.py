@@ -40,7 +40,9 @@ def tiny_net(bf16: bool = False) -> TinyNet:
 
 
 def rows(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (tokens, targets, mask), each (ROWS, 6), of an optimizer step; every row has another number of targets."""
+    """Return (tokens, targets, mask), each (ROWS, 6), of an optimizer step; every row has another
+    number of targets.
+    """
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
     targets = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
@@ -236,7 +238,9 @@ def different_disks(folder: str) -> str:
 
 
 def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict[str, float]:
-    """Load, train one step, export twice; return whether the load was sharded, the gradient norm, the sum of weights."""
+    """Load, train one step, export twice; return whether the load was sharded, the gradient norm, the
+    sum of weights.
+    """
     from openrlhf.config.groups import ModelConfig
     from openrlhf.models.actor import Actor
     from openrlhf.models.loading import load_causal_lm, load_value_model

@@ -15,7 +15,9 @@ class WorkerGroup(Protocol):
     size: int
 
     def map(self, method: Callable, *columns: Sequence[Any], **common: Any) -> list[Any]:
-        """Call ``method(worker, *slices, **common)`` once a worker; it returns one result an item. Return K futures."""
+        """Call ``method(worker, *slices, **common)`` once a worker; it returns one result an item.
+        Return K futures.
+        """
         ...
 
     def run(self, method: Callable, *columns: Sequence[Any], **common: Any) -> list[Any]:
