@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 from typing import Any
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
@@ -71,7 +70,10 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator, loadable with ``torch.load(weights_only=True)``."""
+    """Return the state of every random generator, loadable with ``torch.load(weights_only=True)``.
+
+    Of the GPUs only the current one counts, and only in a process that uses it: asking would start CUDA elsewhere.
+    """
     import numpy
     import torch
 
@@ -81,7 +83,7 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if device_type() == "cuda" else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -95,8 +97,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def empty_cache() -> None:
@@ -105,12 +107,3 @@ def empty_cache() -> None:
 
     if device_type() == "cuda":
         torch.cuda.empty_cache()
-
-
-def peak_memory_mib() -> int:
-    """Return the peak memory of this process in MiB: GPU memory on a GPU, resident memory on a CPU."""
-    import torch
-
-    if device_type() == "cuda":
-        return torch.cuda.max_memory_allocated() // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -43,6 +43,6 @@ class NumericError(OpenRLHFError):
 
 
 class Preempted(OpenRLHFError):
-    """The run was asked to stop (SIGTERM or SIGINT) and has saved what it could."""
+    """The run was asked to stop (SIGTERM or SIGINT); what is left of it is its last checkpoint."""
 
     exit_code = 143

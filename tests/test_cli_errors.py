@@ -19,7 +19,7 @@ from openrlhf.errors import DataError, InfraError, NumericError, UsageError
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
 GOOD = {
-    "train_sft": "--pretrain m --dataset d",
+    "train_sft": "--pretrain m --dataset d --output_key answer",
     "train_rm": "--pretrain m --dataset d",
     "train_ppo_ray": "--pretrain m --prompt_data d --reward_pretrain r",
 }
@@ -55,6 +55,15 @@ WRONG = [
     ("train_sft", "--dataset a,b", "--dataset_probs has 1 values for the 2 data sets of --dataset"),
     ("train_sft", "--dataset_probs half", "--dataset_probs 'half' is not a list of numbers"),
     ("train_sft", "--dataset a,b --dataset_probs=-1,2", "probabilities are not negative"),
+    ("train_sft", "--dataset_probs nan", "probabilities are not negative, and finite"),
+    ("train_sft", "--dataset a,b --dataset_probs 0.5,0.6", "add up to 1.1, they must add up to 1"),
+    ("train_sft", "--input_template {}{name}", "--input_template '{}{name}' needs one {}"),
+    ("train_sft", "--input_template {}{}", "--input_template '{}{}' needs one {}"),
+    ("train_sft", "--input_template {{}}", "--input_template '{{}}' needs one {}"),
+    ("train_sft", "--zero_stage 1 --overlap_comm", "--overlap_comm needs --zero_stage 2 or 3, not 1"),
+    ("train_sft", "--zpg 2", "--zpg 2 needs --zero_stage 3, not 2"),
+    ("train_sft", "--zero_stage 0 --grad_accum_dtype bf16", "--grad_accum_dtype bf16 needs --zero_stage 1, 2 or 3"),
+    ("train_rm", "--zero_stage 0 --grad_accum_dtype fp32 --bf16", "--grad_accum_dtype fp32 needs --zero_stage"),
     ("train_sft", "--save_steps 0", "--save_steps 0 is not a cadence: use -1 for never"),
     ("train_sft", "--eval_steps 0", "--eval_steps 0 is not a cadence"),
     ("train_sft", "--save_steps 5 --disable_ds_ckpt", "--disable_ds_ckpt leaves nothing to write at --save_steps"),
@@ -68,6 +77,8 @@ WRONG = [
     ("train_ppo_ray", "--advantage_estimator reinforce --freezing_actor_steps 5", "and reinforce has none"),
     ("train_ppo_ray", "--reward_clip_range 10 -10", "--reward_clip_range 10 -10: the first must be below the second"),
     ("train_ppo_ray", "--reward_clip_range -10", "--reward_clip_range takes 2 values, got 1: -10"),
+    ("train_ppo_ray", "--kl_target 0.1 --init_kl_coef 0", "--kl_target 0.1 scales --init_kl_coef, which is 0"),
+    ("train_ppo_ray", "--input_template {}{name}", "--input_template '{}{name}' needs one {}"),
     ("train_ppo_ray", "--temperature 0", "--temperature must be above 0, got 0"),
     ("train_ppo_ray", "--top_p 1.5", "--top_p must be at most 1, got 1.5"),
     ("train_ppo_ray", "--eval_temperature -1", "--eval_temperature must be at least 0, got -1"),
@@ -92,7 +103,7 @@ def test_a_wrong_command_line_names_flag_and_fix(command, words, expected):
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("train_sft", ["--pretrain", "--dataset"]), ("train_rm", ["--pretrain", "--dataset"])],
+    [("train_sft", ["--pretrain", "--dataset", "--output_key"]), ("train_rm", ["--pretrain", "--dataset"])],
 )
 def test_required_flags_are_named_together(command, missing):
     with pytest.raises(UsageError) as caught:
@@ -119,6 +130,35 @@ def test_all_problems_come_in_one_message():
         assert part in text
     assert "--lora_rank" in text and "--prompt_data is missing" in text
     assert "--pretrain is missing" not in text
+
+
+@pytest.mark.parametrize("words", ["--output_key a", "--apply_chat_template", "--pretrain_mode"])
+def test_each_kind_of_demonstration_is_enough(words):
+    assert parse(SFTConfig, ["--pretrain", "m", "--dataset", "d", *words.split()], "train_sft")[0]
+
+
+def test_a_template_that_is_not_used_may_have_any_braces():
+    words = [*GOOD["train_ppo_ray"].split(), "--apply_chat_template", "--input_template", "{}{name}"]
+    assert parse(PPOConfig, words, "train_ppo_ray")[0].prompts.apply_chat_template
+
+
+def test_doubled_braces_in_a_template_are_text():
+    config = parse(SFTConfig, [*GOOD["train_sft"].split(), "--input_template", "{{json}} {}"], "train_sft")[0]
+    assert config.data.input_template == "{{json}} {}"
+
+
+def test_what_the_command_finds_wrong_itself_joins_the_other_problems(capsys):
+    with pytest.raises(SystemExit):
+        run(SFTConfig, print, "train_sft", argv=["--seed", "x"], problems=lambda config: ["--save_path: mine"])
+    text = capsys.readouterr().err
+    assert "--seed takes a whole number" in text and "--pretrain is missing" in text and "--save_path: mine" in text
+
+
+def test_groups_that_cannot_share_devices_come_with_the_other_problems():
+    done, _ = spy("train_ppo_ray", "--pretrain", "m", "--colocate_actor_ref", "--ref_num_gpus_per_node", "2")
+    assert done.returncode == 2
+    assert "--colocate_actor_ref shares devices" in done.stderr and "--prompt_data is missing" in done.stderr
+    assert "heavy: []" in done.stderr
 
 
 def test_a_flag_that_could_not_be_read_is_not_judged_again():
@@ -160,19 +200,23 @@ def test_several_problems_are_a_list(capsys):
     ]
 
 
-def test_only_the_first_rank_prints_a_usage_error(monkeypatch, capsys):
+def test_only_the_first_rank_prints_a_wrong_flag(monkeypatch, capsys):
+    def train(config):
+        raise UsageError("a flag")
+
     monkeypatch.setenv("RANK", "1")
-    assert outcome(lambda config: None, "--seed", "x") == 2
+    assert outcome(train) == 2
     assert capsys.readouterr().err == ""
 
 
-def test_every_rank_prints_its_own_data_error(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [InfraError("the disk is full"), DataError("row 7 is empty")])
+def test_every_rank_prints_what_another_may_not_have_seen(error, monkeypatch, capsys):
     def train(config):
-        raise DataError("row 7 is empty")
+        raise error
 
     monkeypatch.setenv("RANK", "1")
-    assert outcome(train) == 3
-    assert "row 7 is empty" in capsys.readouterr().err
+    assert outcome(train) == error.exit_code
+    assert str(error) in capsys.readouterr().err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -15,6 +15,12 @@ bash "$here/setup_env.sh" "$env_dir"
 export PATH="$env_dir/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir -p "$out"
 
+# On a GPU machine the ranks and the models share what is there; elsewhere two ranks share the cores.
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
+ranks=2 placement=()
+[ "$gpus" = 1 ] && ranks=1
+[ "$gpus" -ge 1 ] && [ "$gpus" -le 4 ] && placement=(--colocate_all_models --vllm_gpu_memory_utilization 0.3)
+
 engines=1
 python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)' || {
   engines=0
@@ -36,7 +42,7 @@ stage() {
 
 stage task python "$here/quickstart_task.py" "$out/task" --seed "$seed"
 
-stage sft deepspeed --num_accelerators 2 --module openrlhf.cli.train_sft \
+stage sft deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_sft \
   --pretrain "$out/task/model" \
   --dataset "$out/task/sft_train.jsonl" \
   --eval_dataset "$out/task/sft_eval.jsonl" \
@@ -57,7 +63,7 @@ stage sft deepspeed --num_accelerators 2 --module openrlhf.cli.train_sft \
   --ckpt_path "$out/sft_ckpt" \
   --save_path "$out/sft"
 
-stage reward_model deepspeed --num_accelerators 2 --module openrlhf.cli.train_rm \
+stage reward_model deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_rm \
   --pretrain "$out/sft" \
   --dataset "$out/task/pairs_train.jsonl" \
   --eval_dataset "$out/task/pairs_eval.jsonl" \
@@ -93,6 +99,7 @@ stage ppo python -m openrlhf.cli.train_ppo_ray \
   --ref_num_gpus_per_node 1 \
   --reward_num_gpus_per_node 1 \
   --vllm_num_engines "$engines" \
+  "${placement[@]}" \
   --rollout_batch_size 256 \
   --micro_rollout_batch_size 128 \
   --train_batch_size 128 \

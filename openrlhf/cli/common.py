@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from openrlhf import device
-from openrlhf.config.arguments import parse
+from openrlhf.config.arguments import Problems, parse
 from openrlhf.config.plan import plan_lines
 from openrlhf.errors import OpenRLHFError, Preempted, UsageError
 
@@ -21,15 +21,18 @@ def run(
     prog: str,
     plan: Plan = plan_lines,
     argv: Sequence[str] | None = None,
+    problems: Problems | None = None,
 ) -> None:
     """Parse the command line and call ``train(config)``; with ``--dry_run`` print ``plan(config, ranks)`` instead.
+
+    ``problems(config)`` returns what the command itself finds wrong with its flags; it joins the one message.
 
     An :class:`OpenRLHFError` becomes one message on standard error and the exit status of its type. Nothing here
     imports torch, so a wrong flag is reported at once.
     """
     device.configure_threads()
     try:
-        config, dry_run = parse(config_class, list(sys.argv[1:] if argv is None else argv), prog)
+        config, dry_run = parse(config_class, list(sys.argv[1:] if argv is None else argv), prog, problems)
         if dry_run:
             if _first_rank():
                 print("\n".join(plan(config, int(os.environ.get("WORLD_SIZE", "1")))))

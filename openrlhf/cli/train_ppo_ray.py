@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from openrlhf.cli.common import run
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import Preempted
+from openrlhf.errors import Preempted, UsageError
 from openrlhf.ray.placement import ENGINES, Placement
 from openrlhf.trainer.setup import Run, open_run
 
@@ -29,6 +29,15 @@ def plan(config: PPOConfig, _: int) -> list[str]:
     """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
     placement = Placement.from_config(config)
     return plan_lines(config, placement.role("actor").workers, placement=placement.describe())
+
+
+def placement_problems(config: PPOConfig) -> list[str]:
+    """Return why the roles cannot be placed as ``config`` asks."""
+    try:
+        Placement.from_config(config)
+    except UsageError as error:
+        return error.problems
+    return []
 
 
 def train(config: PPOConfig) -> None:
@@ -56,7 +65,10 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
 
 
 def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: int) -> tuple[Any, Any, Any]:
-    """Start all workers and engines at once and return the roles, the engine and the weight sync."""
+    """Start all workers and engines and return the roles, the engine and the weight sync.
+
+    All load at once; but an engine that shares devices loads first, because it measures what memory is free.
+    """
     from openrlhf.ray.group import RayGroup, Watch
     from openrlhf.ray.slots import reserve
     from openrlhf.ray.weight_sync import RayWeightSync
@@ -66,8 +78,13 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
     slots = reserve(placement, resource, RESERVE_S)
     watch = Watch(config.deepspeed.collective_timeout)
     groups = {role.name: RayGroup.start(role.name, slots[role.name], watch) for role in placement.roles}
+    engines, pending = None, []
+    if placement.engines:
+        engines, pending = _start_engines(config, placement, slots[ENGINES], watch)
+    if placement.engines_share:
+        watch.get(pending)
     remote = _for_workers(config)
-    pending = groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
+    pending += groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
     if "critic" in groups:
         pending += groups["critic"].setup(CriticWorker, remote, max_steps=max_steps)
     if "ref" in groups:
@@ -75,13 +92,12 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
     for role, path in zip(placement.rewards, remote.model.reward_models, strict=True):
         pending += groups[role.name].setup(RewardWorker, remote, path=path)
     rewards = [groups[role.name] for role in placement.rewards]
-    roles = Roles(groups["actor"], groups.get("critic"), groups.get("ref"), rewards)
-    if not placement.engines:
-        watch.get(pending)
+    critic, reference = groups.get("critic"), groups.get("ref")
+    roles = Roles(groups["actor"], critic, reference, rewards, shared=placement.learners_share)
+    watch.get(pending)
+    if engines is None:
         engine = PolicyEngine(roles.policy)
         return roles, engine, engine
-    engines, loading = _start_engines(config, placement, slots[ENGINES], watch)
-    watch.get(pending + loading)
     return roles, engines, RayWeightSync(roles.policy, engines)
 
 
@@ -124,4 +140,4 @@ def _stop(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    run(PPOConfig, train, "train_ppo_ray", plan)
+    run(PPOConfig, train, "train_ppo_ray", plan, problems=placement_problems)

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from openrlhf.config.flag_status import gpu_present, no_effect_notices, not_yet_problems
 from openrlhf.config.flags import flag_table
+from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
 from openrlhf.config.reader import Reader
 from openrlhf.errors import UsageError
 
 SECRET_FLAGS = ("use_wandb",)
+Problems = Callable[[Any], list[str]]
 
 
-def parse(config_class: Any, argv: list[str], prog: str) -> tuple[Any, bool]:
+def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None = None) -> tuple[Any, bool]:
     """Return ``(config, dry_run)`` of a command line.
+
+    ``also(config)`` returns further problems, of rules that a configuration does not know.
 
     ``--config run.yaml`` supplies what the command line does not give. ``--help`` prints the help and exits 0. What
     deserves a word but is no problem is printed to standard error, by rank 0.
@@ -40,7 +45,7 @@ def parse(config_class: Any, argv: list[str], prog: str) -> tuple[Any, bool]:
     notices = _resolve(values, config_class.run_prefix)
     config = _build(config_class(), values)
     defaults = {name: entry.default for name, entry in table.items()}
-    found = _ask(config, "problems") + not_yet_problems(values, defaults, dry_run)
+    found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults, dry_run)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
         raise UsageError(problems)
@@ -63,7 +68,7 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
-    values["run_path"] = values["run_path"] or values["save_path"].rstrip("/") + "_run"
+    values["run_path"] = run_folder(values["save_path"], values["run_path"])
     values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
     template = values["input_template"] or None
     notices = []

@@ -46,6 +46,14 @@ def _on_cpu(values: dict[str, Any], gpu: bool) -> bool:
     return not gpu
 
 
+def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
+    return values["lora_rank"] == 0
+
+
+def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
+    return not values["pretrain_data"]
+
+
 _LORA = "adapters are not built yet; train every weight with --lora_rank 0"
 _RING = "ring attention is not built yet; leave it at 1"
 
@@ -62,17 +70,24 @@ NOT_YET = {
 }
 
 NO_EFFECT_HERE = {
-    "actor_init_on_gpu": NoEffect("every model is loaded straight to its device"),
+    "actor_init_on_gpu": NoEffect("DeepSpeed moves the model to its device"),
     "compute_fp32_loss": NoEffect("rewards and their loss are always fp32"),
     "perf": NoEffect("the time of each phase is always recorded"),
     "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
-    "overlap_comm": NoEffect("it needs --zero_stage 2 or 3", lambda values, gpu: values["zero_stage"] < 2),
-    "vllm_sync_backend": NoEffect("without a GPU weights travel without nccl", _on_cpu),
+    "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
-    "ref_reward_offload": NoEffect("without a GPU models are in main memory already", _on_cpu),
+    "ref_reward_offload": NoEffect(
+        "it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3
+    ),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),
+    "lora_alpha": NoEffect("it needs --lora_rank", _without_lora),
+    "lora_dropout": NoEffect("it needs --lora_rank", _without_lora),
+    "target_modules": NoEffect("it needs --lora_rank", _without_lora),
+    "ptx_coef": NoEffect("it needs --pretrain_data", _without_texts),
+    "pretrain_data_probs": NoEffect("it needs --pretrain_data", _without_texts),
+    "pretrain_split": NoEffect("it needs --pretrain_data", _without_texts),
 }
 
 

@@ -6,7 +6,9 @@ that are its own. ``problems()`` of a group or command returns what is wrong acr
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -86,6 +88,22 @@ class DeepSpeedConfig:
     local_rank: int = flag(-1, "Set by the DeepSpeed launcher; -1 reads LOCAL_RANK.")
     collective_timeout: int = flag(600, "Seconds that a rank waits for the others before it gives up.", at_least=1)
 
+    def problems(self) -> list[str]:
+        """Return the combinations that DeepSpeed would refuse later, or treat in silence as another."""
+        found = []
+        if self.overlap_comm and self.zero_stage < 2:
+            found.append(f"--overlap_comm needs --zero_stage 2 or 3, not {self.zero_stage}")
+        if self.zpg > 1 and self.zero_stage != 3:
+            found.append(f"--zpg {self.zpg} needs --zero_stage 3, not {self.zero_stage}")
+        return found
+
+    def dtype_problems(self, bf16: bool) -> list[str]:
+        """Return what is wrong with ``--grad_accum_dtype`` for weights of that type."""
+        dtype = self.grad_accum_dtype
+        if dtype in (None, "bf16" if bf16 else "fp32") or self.zero_stage > 0:
+            return []
+        return [f"--grad_accum_dtype {dtype} needs --zero_stage 1, 2 or 3"]
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -123,7 +141,8 @@ class DataConfig:
     def problems(self) -> list[str]:
         if self.dataset is None:
             return ["--dataset is missing: name a folder, a .jsonl file, or a hub data set"]
-        return probability_problems("dataset", self.dataset, "dataset_probs", self.dataset_probs)
+        found = probability_problems("dataset", len(self.dataset.split(",")), self.dataset_probs)
+        return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
 @dataclass(frozen=True)
@@ -142,6 +161,11 @@ class SFTDataConfig(DataConfig):
             found.append("--multiturn needs --apply_chat_template: the turns are found through the template; add it")
         if self.multiturn and self.pretrain_mode:
             found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing")
+        if not (self.output_key or self.apply_chat_template or self.pretrain_mode):
+            found.append(
+                "--output_key is missing: name the column of the answer, or give conversations with "
+                "--apply_chat_template, or raw text with --pretrain_mode"
+            )
         return found
 
 
@@ -197,20 +221,39 @@ class LoggingConfig:
         return ["--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number"]
 
 
-def probability_problems(spec_flag: str, spec: str, probs_flag: str, probs: str) -> list[str]:
-    """Return what is wrong with a comma-separated list of mixing probabilities."""
-    names, values = spec.split(","), probs.split(",")
+def probability_problems(name: str, count: int, probs: str | Iterable[float]) -> list[str]:
+    """Return what is wrong with ``--<name>_probs``, the mixing probabilities of ``count`` data sets.
+
+    A sum within 0.01 of 1 is taken as rounded.
+    """
+    values = probs.split(",") if isinstance(probs, str) else list(probs)
+    written = f"--{name}_probs {','.join(map(str, values))!r}"
     try:
         numbers = [float(value) for value in values]
     except ValueError:
-        return [f"--{probs_flag} {probs!r} is not a list of numbers: write for example 0.5,0.5"]
-    if len(names) != len(numbers):
-        return [f"--{probs_flag} has {len(numbers)} values for the {len(names)} data sets of --{spec_flag}"]
-    if min(numbers) < 0 or sum(numbers) <= 0:
-        return [f"--{probs_flag} {probs!r}: probabilities are not negative, and not all zero"]
-    if abs(sum(numbers) - 1.0) > 1e-6:
-        return [f"--{probs_flag} {probs!r}: the probabilities add up to {sum(numbers):g}, they must add up to 1"]
+        return [f"{written} is not a list of numbers: write for example 0.5,0.5"]
+    if len(numbers) != count:
+        even = ",".join([f"{1 / count:.3g}"] * count)
+        return [
+            f"--{name}_probs has {len(numbers)} values for the {count} data sets of --{name}; for equal shares {even}"
+        ]
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        return [f"{written}: probabilities are not negative, and finite"]
+    if abs(sum(numbers) - 1.0) > 0.01 + 1e-9:
+        return [f"{written}: the probabilities add up to {sum(numbers):g}, they must add up to 1"]
     return []
+
+
+def template_problems(template: str | None) -> list[str]:
+    """Return the problem of a template that cannot be filled with a prompt."""
+    if template is None:
+        return []
+    mark = "\0"
+    try:
+        fits = template.format(mark).count(mark) == 1
+    except (LookupError, ValueError, AttributeError):
+        fits = False
+    return [] if fits else [f"--input_template {template!r} needs one {{}}, and every other brace doubled"]
 
 
 def file_problems(name: str, path: str | None) -> list[str]:
@@ -221,6 +264,11 @@ def file_problems(name: str, path: str | None) -> list[str]:
 def missing_model(pretrain: str | None) -> list[str]:
     """Return the problem of a command without ``--pretrain``."""
     return [] if pretrain else ["--pretrain is missing: name the folder or hub name of the model to train"]
+
+
+def run_folder(save_path: str, run_path: str | None) -> str:
+    """Return the run folder: ``--run_path``, or ``<save_path>_run`` beside the exported model."""
+    return run_path or f"{save_path.rstrip('/')}_run"
 
 
 @dataclass(frozen=True)
@@ -242,7 +290,7 @@ class SFTConfig:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_sft"))
 
     def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain)
+        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
 
 
 @dataclass(frozen=True)
@@ -268,7 +316,7 @@ class RewardModelConfig:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_rm"))
 
     def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain)
+        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
 
     def notices(self) -> list[str]:
         if self.loss in ("sigmoid", "logexp"):

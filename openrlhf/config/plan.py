@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
+from openrlhf.config.groups import BatchConfig
 from openrlhf.config.ppo import PPOConfig
 
 WIDTH = 100
+UNKNOWN = "steps: known once the data is read"
+IF_ALL = "if every row can be used"
 
 
-def plan_lines(config: Any, world_size: int, *, rows: int | None = None, placement: Sequence[str] = ()) -> list[str]:
+def plan_lines(config: Any, world_size: int, placement: Sequence[str] = ()) -> list[str]:
     """Return the lines of the plan: changed settings, ranks and batches, steps, placement, all other settings.
 
     Args:
         config: the configuration of a command.
         world_size: training ranks; for PPO the ranks of the actor.
-        rows: training samples, or prompts for PPO, when known; the number of steps follows from it.
         placement: who shares which device, one line each.
     """
     flat, defaults = to_flat_dict(config), to_flat_dict(type(config)())
     changed = {name: value for name, value in flat.items() if value != defaults[name]}
     same = [f"{name}={value!r}" for name, value in flat.items() if name not in changed]
     work = _ppo_lines if isinstance(config, PPOConfig) else _supervised_lines
+    data = config.prompts if isinstance(config, PPOConfig) else config.data
+    rows = count_rows(data.prompt_data if isinstance(config, PPOConfig) else data.dataset, data.max_samples)
     return [
         *_section("settings", [f"{name} = {value!r}" for name, value in changed.items()]),
         *_section("plan", work(config, world_size, rows)),
@@ -39,27 +44,29 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _supervised_lines(config: Any, ranks: int, rows: int | None) -> list[str]:
-    return [_step_line(config, ranks, "samples"), _total_line(config.batch, rows), *_files(config)]
+    total = UNKNOWN if rows is None else f"steps: {total_text(config.batch, rows)}, {IF_ALL}"
+    return [_rank_line(config, ranks, "samples"), total, *_files(config)]
 
 
-def _step_line(config: Any, ranks: int, unit: str) -> str:
-    batch = config.batch
+def _rank_line(config: Any, ranks: int, unit: str) -> str:
+    return f"{_count(ranks, 'rank')}, ZeRO stage {config.deepspeed.zero_stage}: {step_text(config.batch, ranks, unit)}"
+
+
+def step_text(batch: BatchConfig, ranks: int, unit: str) -> str:
+    """Return how an optimizer step is cut over ranks and micro-batches; ``unit`` is what it is counted in."""
     share = ceil(batch.train_batch_size / ranks)
     micro = ceil(share / batch.micro_train_batch_size)
     return (
-        f"{_count(ranks, 'rank')}, ZeRO stage {config.deepspeed.zero_stage}: an optimizer step is "
-        f"{batch.train_batch_size} {unit} = {_count(ranks, 'rank')} x {_count(micro, 'micro-batch', 'es')} "
-        f"of at most {min(share, batch.micro_train_batch_size)}"
+        f"an optimizer step is {batch.train_batch_size} {unit} = {_count(ranks, 'rank')} x "
+        f"{_count(micro, 'micro-batch', 'es')} of at most {min(share, batch.micro_train_batch_size)}"
     )
 
 
-def _total_line(batch: Any, rows: int | None) -> str:
-    epochs = batch.max_epochs
-    if rows is None:
-        return f"{_count(epochs, 'epoch')}; the number of steps follows from the data"
-    steps = ceil(rows / batch.train_batch_size)
+def total_text(batch: BatchConfig, rows: int) -> str:
+    """Return the optimizer steps of a supervised run over ``rows``."""
+    steps, epochs = ceil(rows / batch.train_batch_size), batch.max_epochs
     total = f"{_count(steps * epochs, 'step')} in {_count(epochs, 'epoch')}"
-    return f"{rows} rows: {_count(steps, 'step')} an epoch, {total}"
+    return f"{rows:,} rows: {_count(steps, 'step')} an epoch, {total}"
 
 
 def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
@@ -70,14 +77,32 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"{_count(rollout.n_samples_per_prompt, 'answer')} = {_count(rollout.samples, 'answer')} of at most "
         f"{_count(rollout.generate_max_len, 'token')}, from {_engine_text(config)}",
         f"then {_count(updates, 'optimizer step')} x {_count(batch.max_epochs, 'epoch')}",
-        _step_line(config, ranks, "answers"),
+        _rank_line(config, ranks, "answers"),
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
         f"reward: {config.reward.remote_rm_url or ' + '.join(config.model.reward_models)}",
     ]
-    if rows is not None:
-        steps = ceil(rows / rollout.rollout_batch_size) * rollout.num_episodes
-        lines.append(f"{rows} prompts x {_count(rollout.num_episodes, 'episode')}: {_count(steps, 'rollout step')}")
-    return lines + _files(config)
+    return [*lines, UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}", *_files(config)]
+
+
+def _ppo_total(config: PPOConfig, rows: int) -> str:
+    rollout = config.rollout
+    steps = ceil(rows / rollout.rollout_batch_size) * rollout.num_episodes
+    return (
+        f"{rows:,} prompts x {_count(rollout.num_episodes, 'episode')}: {_count(steps, 'rollout step')}, "
+        f"{_count(config.optimizer_steps(rows), 'optimizer step')}"
+    )
+
+
+def count_rows(spec: str | None, most: int) -> int | None:
+    """Return the rows of one local ``.jsonl`` file, at most ``most``; None for any other source."""
+    if not spec or not spec.endswith(".jsonl") or not os.path.isfile(spec):
+        return None
+    with open(spec, "rb") as file:
+        if file.read(1) == b"[":  # one JSON list, which may take any number of lines
+            return None
+        file.seek(0)
+        rows = sum(1 for line in file if line.strip())
+    return min(rows, most) or None
 
 
 def _engine_text(config: PPOConfig) -> str:

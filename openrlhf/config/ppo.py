@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import ClassVar
 
 from openrlhf.config.algorithms import ESTIMATORS, Estimator
@@ -20,6 +21,7 @@ from openrlhf.config.groups import (
     file_problems,
     missing_model,
     probability_problems,
+    template_problems,
 )
 
 
@@ -143,6 +145,14 @@ class AlgorithmConfig:
         """The facts of the advantage estimator."""
         return ESTIMATORS[self.advantage_estimator]
 
+    def problems(self) -> list[str]:
+        if self.kl_target is None or self.init_kl_coef > 0:
+            return []
+        return [
+            f"--kl_target {self.kl_target:g} scales --init_kl_coef, which is 0 and would stay so: "
+            "give --init_kl_coef a positive start, or leave --kl_target out"
+        ]
+
 
 @dataclass(frozen=True)
 class PlacementConfig:
@@ -202,7 +212,8 @@ class PromptDataConfig:
     def problems(self) -> list[str]:
         if self.prompt_data is None:
             return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
-        return probability_problems("prompt_data", self.prompt_data, "prompt_data_probs", self.prompt_data_probs)
+        found = probability_problems("prompt_data", len(self.prompt_data.split(",")), self.prompt_data_probs)
+        return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
 @dataclass(frozen=True)
@@ -259,8 +270,16 @@ class PPOConfig:
         first = None if self.reward.remote_rm_url else next(iter(self.model.reward_models), None)
         return self.model.critic_pretrain or first or self.model.pretrain
 
+    def optimizer_steps(self, prompts: int) -> int:
+        """Return the optimizer steps of a run over ``prompts``: the length of the learning-rate schedule."""
+        rollout, batch = self.rollout, self.batch
+        full, rest = divmod(prompts, rollout.rollout_batch_size)
+        sizes = [rollout.rollout_batch_size] * full + [rest] * bool(rest)
+        steps = sum(ceil(size * rollout.n_samples_per_prompt / batch.train_batch_size) for size in sizes)
+        return rollout.num_episodes * steps * batch.max_epochs
+
     def problems(self) -> list[str]:
-        found = missing_model(self.model.pretrain)
+        found = missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
         samples, estimator = self.rollout.n_samples_per_prompt, self.algorithm
         if estimator.estimator.needs_group and samples < 2:
             name = estimator.advantage_estimator

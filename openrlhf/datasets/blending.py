@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from openrlhf.config.groups import probability_problems
 from openrlhf.datasets.sources import load_split
 from openrlhf.errors import DataError, UsageError
 
@@ -145,19 +145,11 @@ def parse_probabilities(probs: str | Iterable[float] | None, count: int, flag: s
     """Return ``count`` probabilities that sum to 1, or None for None. Raises :class:`UsageError`."""
     if probs is None:
         return None
-    flag = f"{flag}_probs"
     parts = probs.split(",") if isinstance(probs, str) else list(probs)
-    try:
-        weights = [float(part) for part in parts]
-    except ValueError as error:
-        raise UsageError(f"{flag} {probs!r}: {error}; write numbers with commas, such as 0.3,0.7") from error
-    if len(weights) != count:
-        even = ",".join([f"{1 / count:.3g}"] * count)
-        raise UsageError(f"{flag} {probs!r}: {len(weights)} numbers for {count} data sets; for equal shares {even}")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise UsageError(f"{flag} {probs!r}: a probability is between 0 and 1")
-    if abs(sum(weights) - 1) > 0.01:
-        raise UsageError(f"{flag} {probs!r}: the sum is {sum(weights):g} and should be 1")
+    problems = probability_problems(flag.removeprefix("--"), count, parts)
+    if problems:
+        raise UsageError(problems)
+    weights = [float(part) for part in parts]
     return [weight / sum(weights) for weight in weights]
 
 

@@ -67,7 +67,6 @@ class SFTDataset:
         self._ids: list[array] = []
         self._spans: list[Spans] = []
         self._split_rows = 0
-        self._check_flags()
         raw_text = data_cfg.pretrain_mode
         self._render = templates.Renderer(
             tokenizer,
@@ -111,13 +110,6 @@ class SFTDataset:
         for index, row in enumerate(rows):
             loss_mask[index, : len(row.loss_mask)] = torch.tensor(row.loss_mask)
         return TokenBatch(sequences, attention_mask, loss_mask)
-
-    def _check_flags(self) -> None:
-        cfg = self.cfg
-        if cfg.multiturn and not cfg.apply_chat_template:
-            raise UsageError("--multiturn: needs --apply_chat_template, which says where a turn ends")
-        if not (cfg.output_key or cfg.apply_chat_template or cfg.pretrain_mode):
-            raise UsageError("--output_key: name the key of the response (or train on raw text with --pretrain_mode)")
 
     def _add(self, batch: list[tuple[int, dict]]) -> None:
         pieces: list[Sequence[str]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from openrlhf.ops.logprobs import (
     token_log_probs,
     token_log_probs_and_entropy,
 )
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 LOGIT_ROWS = 1024
 
@@ -118,21 +121,35 @@ class Actor(TokenModel):
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[nn.Module]:
-        """Yield the transformers model in evaluation mode with an attention that knows caches and left padding."""
+        """Yield the transformers model in evaluation mode with an attention that knows caches and left padding.
+
+        Of the folder's generation settings only the special tokens count: transformers fills what a caller leaves open
+        from them, and a repetition penalty would change the distribution that is sampled from.
+        """
         if not self.verified:
             self.verify()
-        usual = self.config._attn_implementation
+        usual, settings = self.config._attn_implementation, self.model.generation_config
         switch_attention(self.model, self.padded_attention)
+        self.model.generation_config = _special_tokens(settings)
         with evaluating(self), torch.no_grad():
             try:
                 yield self.model
             finally:
+                self.model.generation_config = settings
                 switch_attention(self.model, usual)
 
     def generate(self, *args, **kwargs):
         """Call transformers' ``generate`` under :meth:`generation`; arguments and result are its own."""
         with self.generation() as model:
             return model.generate(*args, **kwargs)
+
+
+def _special_tokens(settings: GenerationConfig) -> GenerationConfig:
+    """Return transformers' own defaults with the special tokens of ``settings``."""
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(settings, name) for name in names})
 
 
 def teach_head(head: nn.Linear) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -153,10 +154,13 @@ def _flash_attn_kernel() -> Callable | None:
 
 @functools.cache
 def _torch_kernel() -> Callable | None:
-    """Return torch's variable-length kernel when this torch has one."""
+    """Return torch's variable-length kernel when this torch has one that takes all we pass."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
+
+    if not takes(varlen_attn, "scale", "window_size", "enable_gqa"):
+        return None
 
     def run(query, key, value, rows: Rows, scale: float, window: int) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -167,6 +171,11 @@ def _torch_kernel() -> Callable | None:
         return output[None]
 
     return run
+
+
+def takes(function: Callable, *names: str) -> bool:
+    """Return whether ``function`` has parameters of these names."""
+    return set(names) <= set(inspect.signature(function).parameters)
 
 
 @functools.cache

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +17,7 @@ from openrlhf.errors import UsageError
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
 
+LOG = logging.getLogger(__name__)
 REFERENCE = "eager"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
@@ -80,6 +83,8 @@ class TokenModel(nn.Module):
                 f"--packing_samples: {architecture(self.model)} cannot be packed: {self.reason}. "
                 "Leave the flag out; padded batches give the same gradients."
             )
+        if self.reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            tell_padding(architecture(self.model), self.reason)
         return self.reason
 
     def inputs(self, sequences: Tensor, attention_mask: Tensor) -> PackedBatch:
@@ -94,6 +99,12 @@ class TokenModel(nn.Module):
             return self.backbone(**packed_arguments(batch)).last_hidden_state[0]
         output = self.backbone(**padded_arguments(sequences, attention_mask))
         return output.last_hidden_state.flatten(0, 1)[batch.indices]
+
+
+@functools.cache
+def tell_padding(model: str, reason: str) -> None:
+    """Say once that batches of ``model`` are computed with their padding, which only costs time."""
+    LOG.warning("%s: padding is computed: %s", model, reason)
 
 
 def packed_arguments(batch: PackedBatch) -> dict:
@@ -193,17 +204,17 @@ def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False)
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' warnings and progress bars off the screen; what matters is checked here."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        theirs.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from openrlhf.config.groups import AttentionConfig, ModelConfig
+from openrlhf.config.groups import ModelConfig
 from openrlhf.errors import DataError
 from openrlhf.models.backbone import architecture, enable_gradient_checkpointing, quiet
 
@@ -28,9 +28,7 @@ ContextFactory = Callable[[], AbstractContextManager]
 def load_causal_lm(
     path: str,
     model_cfg: ModelConfig,
-    attention_cfg: AttentionConfig | None = None,
     *,
-    gather: Callable | None = None,
     context: ContextFactory | None = None,
     flag: str = "--pretrain",
 ) -> nn.Module:
@@ -39,8 +37,6 @@ def load_causal_lm(
     Args:
         path: where the model is.
         model_cfg: dtype, remote code, gradient checkpointing.
-        attention_cfg: unused for a plain load; the attention is chosen when the model is checked.
-        gather: unused here; a value head needs it.
         context: makes a context manager to load under, e.g. one that shards the weights while they arrive.
         flag: the flag that named ``path``, for messages.
 
@@ -58,7 +54,6 @@ def load_causal_lm(
 def load_value_model(
     path: str,
     model_cfg: ModelConfig,
-    attention_cfg: AttentionConfig | None = None,
     *,
     gather: Callable | None = None,
     context: ContextFactory | None = None,
@@ -74,7 +69,6 @@ def load_value_model(
     Args:
         path: a reward model or critic, or a language model that gets a fresh head.
         model_cfg: dtype, remote code, gradient checkpointing.
-        attention_cfg: unused for a plain load; the attention is chosen when the model is checked.
         gather: ``gather(parameters, modifier_rank=0)`` makes a context manager under which sharded weights are whole
             and may be written.
         context: makes a context manager to load under.

@@ -6,6 +6,7 @@ It is transformers' own sequence classifier with one label, so what is saved loa
 
 from __future__ import annotations
 
+import types
 from typing import Literal
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class ValueModel(TokenModel):
     def __init__(self, model: nn.Module, *, read: Read = "each", packing_samples: bool = False):
         super().__init__(model, packing_samples=packing_samples)
         self.read = read
+        self.head.forward = types.MethodType(_head_forward, self.head)
 
     @property
     def head(self) -> nn.Linear:
@@ -51,9 +53,9 @@ class ValueModel(TokenModel):
         batch = self.inputs(sequences, attention_mask)
         hidden = self.last_hidden(batch, sequences, attention_mask)
         if read == "last":
-            rewards = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1).float()
+            rewards = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1)
             return rewards if self.training else self._normalised(rewards)
-        values = self._normalised(self.head(hidden).squeeze(-1).float())
+        values = self._normalised(self.head(hidden).squeeze(-1))
         return restore(values, batch.indices, tuple(sequences.shape))
 
     def reward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
@@ -72,6 +74,15 @@ class ValueModel(TokenModel):
         if not getattr(self.config, "normalize_reward", False):
             return rewards
         return (rewards - getattr(self.config, "mean", 0.0)) / getattr(self.config, "std", 1.0)
+
+
+def _head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return the values ``(..., 1)`` of ``hidden`` (..., H), computed in float32 whatever the weights are.
+
+    The work happens inside the module because ZeRO-3 gathers a weight around the forward of its own module only.
+    """
+    bias = None if self.bias is None else self.bias.float()
+    return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 def _last_of_each(attention_mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 
 from openrlhf import device
 from openrlhf.errors import InfraError
@@ -47,6 +48,15 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def output_is_logged() -> bool:
+    """Return whether standard output and error of this process are one file: then workers may write there too.
+
+    Between ``open_run`` and the end of a run they are the log of the run; a terminal stays free of workers' noise.
+    """
+    out, err = os.fstat(1), os.fstat(2)
+    return stat.S_ISREG(out.st_mode) and os.path.samestat(out, err)
+
+
 def worker_environment() -> dict[str, str]:
     """Return the variables of this process that workers on other machines need too; never a secret."""
     return {
@@ -68,7 +78,7 @@ def _join() -> bool:
     if not address:
         return False
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=output_is_logged())
     except (ConnectionError, ValueError, RuntimeError) as error:
         if not named:
             return False
@@ -85,5 +95,5 @@ def _start(slots: int) -> None:
         num_gpus=slots if device.device_type() == "cpu" else None,
         include_dashboard=False,
         logging_level=logging.ERROR,
-        log_to_driver=False,
+        log_to_driver=output_is_logged(),
     )

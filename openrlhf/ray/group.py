@@ -1,11 +1,12 @@
 """A group of workers on Ray: the same calls as :class:`~openrlhf.trainer.ppo.groups.LocalGroup`, answered by futures.
 
 Values go from worker to worker through Ray's object store; the caller holds references. Every wait ends: with the
-values, with the error of a worker, or because an actor died or no longer answers.
+values, with the error of a worker, or because an actor died, no longer answers or hangs in a call.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from openrlhf.errors import InfraError, OpenRLHFError
-from openrlhf.ray.host import WorkerHost, build_worker
+from openrlhf.ray.host import Sign, WorkerHost, build_worker
 from openrlhf.ray.slots import Slots
 
 LOOK_EVERY_S = 10.0
@@ -23,7 +24,7 @@ class Watch:
     """Waits for futures that some actors are to answer, and names the actor that keeps them from coming.
 
     Args:
-        timeout_s: an actor that does not answer a ping for so long is given up.
+        timeout_s: an actor that does not answer a ping for so long, or stands still in a call, is given up.
         look_every_s: seconds between two pings.
     """
 
@@ -31,16 +32,19 @@ class Watch:
         self.timeout_s = timeout_s
         self.look_every_s = min(look_every_s, timeout_s)
         self._actors: dict[str, tuple[str, Any]] = {}
+        self._headway: dict[str, tuple[Any, float]] = {}
 
     def add(self, actor: Any, name: str) -> None:
-        """Watch ``actor``, called ``name`` in messages; it must have a ``ping`` that answers beside its work."""
+        """Watch ``actor``, called ``name`` in messages; its ``ping`` gives a
+        :class:`~openrlhf.ray.host.Sign` beside its work.
+        """
         self._actors[actor._actor_id.hex()] = (name, actor)
 
     def get(self, futures: Sequence[Any]) -> list[Any]:
         """Return the values of ``futures``, in order.
 
         Raises:
-            OpenRLHFError: what a worker raised; :class:`InfraError` when an actor died or does not answer.
+            OpenRLHFError: what a worker raised; :class:`InfraError` when an actor died, does not answer or hangs.
         """
         values: dict[Any, Any] = {}
         pending = list(dict.fromkeys(futures))
@@ -55,16 +59,27 @@ class Watch:
         """Ask every actor for a sign of life.
 
         Raises:
-            InfraError: one died, or gave none for ``timeout_s`` seconds.
+            InfraError: one died, gave none for ``timeout_s`` seconds, or stood still in a call for so long.
         """
         pings = {actor.ping.remote(): name for name, actor in self._actors.values()}
         if not pings:
             return
         heard, silent = ray.wait(list(pings), num_returns=len(pings), timeout=self.timeout_s)
-        self._fetch(heard)
+        signs = self._fetch(heard)
         if silent:
             names = ", ".join(pings[ping] for ping in silent)
             raise InfraError(f"No sign of life from {names} for {self.timeout_s:.0f} s: stopped or hanging.")
+        self._look_for_headway({pings[ping]: sign for ping, sign in zip(heard, signs, strict=True)})
+
+    def _look_for_headway(self, signs: dict[str, Sign]) -> None:
+        """Compare with earlier signs; raise InfraError when an actor has been at the same point of a call too long."""
+        now = time.monotonic()
+        for name, sign in signs.items():
+            before, since = self._headway.get(name, (None, now))
+            self._headway[name] = (sign.headway, since if sign.headway == before else now)
+        still = [name for name, (headway, since) in self._headway.items() if headway and now - since >= self.timeout_s]
+        if still:
+            raise InfraError(f"{', '.join(still)} made no headway for {self.timeout_s:.0f} s: the call hangs.")
 
     def _fetch(self, futures: list[Any]) -> list[Any]:
         try:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import ray
 
@@ -48,6 +52,41 @@ def build_worker(worker_class: Callable, config: Any, kwargs: dict[str, Any]) ->
     return worker_class(config, strategy, **kwargs)
 
 
+class Sign(NamedTuple):
+    """A sign of life: the process, and while it works on a call something that changes as long as there is headway."""
+
+    pid: int
+    headway: tuple[int, float] | None
+
+
+class Pulse:
+    """Shows other threads of an actor whether the thread that answers its calls still gets anywhere.
+
+    The measure is the processor time of that thread: it stands still where the thread waits for something that does
+    not come. (A collective that spins instead ends by its own timeout.)
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._progress: Callable[[], float] | None = None
+
+    @contextmanager
+    def during_call(self, progress: Callable[[], float] | None = None) -> Iterator[None]:
+        """Show headway while the block runs: ``progress`` where it is given."""
+        self._calls += 1
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._progress = progress or partial(time.clock_gettime, clock)
+        try:
+            yield
+        finally:
+            self._progress = None
+
+    def sign(self) -> Sign:
+        """Return how this process is."""
+        progress = self._progress
+        return Sign(os.getpid(), None if progress is None else (self._calls, progress()))
+
+
 @ray.remote(concurrency_groups={"ping": 1})
 class WorkerHost:
     """Rank ``rank`` of ``world_size``. Calls run one after the other; ``ping`` answers beside them."""
@@ -56,6 +95,7 @@ class WorkerHost:
         self.rank = rank
         self.world_size = world_size
         self.worker: Any = None
+        self.pulse = Pulse()
 
     def address(self) -> tuple[str, int]:
         """Return the address of this node and a port that is free on it."""
@@ -66,7 +106,8 @@ class WorkerHost:
     def setup(self, build: Callable, arguments: tuple, master: tuple[str, int]) -> None:
         """Take this rank's place in the group and keep ``build(*arguments)`` as the worker."""
         os.environ.update(self._rank_environment(master))
-        self.worker = build(*arguments)
+        with self.pulse.during_call():
+            self.worker = build(*arguments)
 
     def call(self, name: str, columns: int, items: int, each: bool, /, *flat: Any, **common: Any) -> Any:
         """Call the worker's method ``name`` with ``columns`` lists of ``items`` entries, which come in ``flat``.
@@ -75,7 +116,8 @@ class WorkerHost:
         answers one result an item; they become one object of Ray each.
         """
         slices = [list(flat[column * items : (column + 1) * items]) for column in range(columns)]
-        result = getattr(self.worker, name)(*slices, **common)
+        with self.pulse.during_call():
+            result = getattr(self.worker, name)(*slices, **common)
         if not each:
             return result
         if len(result) != items:
@@ -84,17 +126,18 @@ class WorkerHost:
 
     def publish_weights(self, bucket_bytes: int) -> list[ray.ObjectRef]:
         """Put the policy's weights in the object store, bucket by bucket; all ranks help, rank 0 has references."""
-        buckets: Iterator[Any] = self.worker.weight_buckets(bucket_bytes)
-        if self.rank == 0:
-            return [ray.put(pack(bucket)) for bucket in buckets]
-        for _ in buckets:
-            pass
-        return []
+        with self.pulse.during_call():
+            buckets: Iterator[Any] = self.worker.weight_buckets(bucket_bytes)
+            if self.rank == 0:
+                return [ray.put(pack(bucket)) for bucket in buckets]
+            for _ in buckets:
+                pass
+            return []
 
     @ray.method(concurrency_group="ping")
-    def ping(self) -> int:
-        """Return the process id: this process is alive."""
-        return os.getpid()
+    def ping(self) -> Sign:
+        """Return a sign of life."""
+        return self.pulse.sign()
 
     def _rank_environment(self, master: tuple[str, int]) -> dict[str, str]:
         local_rank = 0

@@ -103,6 +103,17 @@ class Placement:
         return pools
 
     @property
+    def engines_share(self) -> bool:
+        """Whether engines have devices of workers."""
+        return bool(self.engines) and self.engine_pool != ENGINES
+
+    @property
+    def learners_share(self) -> bool:
+        """Whether the critic has the devices of the actor."""
+        critic = self.role("critic")
+        return critic is not None and critic.pool == self.role("actor").pool
+
+    @property
     def slots(self) -> int:
         """Devices wanted in all."""
         return sum(sum(bundles) for bundles in self.pools.values())

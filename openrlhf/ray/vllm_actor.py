@@ -10,24 +10,31 @@ import ray
 
 from openrlhf.ray.buckets import unpack
 from openrlhf.ray.group import Watch, start_actor
+from openrlhf.ray.host import Pulse, Sign, ray_noset_visible_devices
 from openrlhf.ray.slots import Slots
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
-from openrlhf.trainer.ppo.experience import deal
+from openrlhf.trainer.ppo.groups import deal
 
 
 @ray.remote(concurrency_groups={"ping": 1})
 class VLLMActor:
     """One :class:`~openrlhf.rollout.vllm_engine.VLLMEngine` in its own process; ``ping`` answers beside its work."""
 
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+
     def setup(self, model_path: str, options: dict[str, Any]) -> None:
         """Load the model."""
+        see_own_devices()
         from openrlhf.rollout.vllm_engine import VLLMEngine
 
-        self.engine = VLLMEngine(model_path, **options)
+        with self.pulse.during_call():
+            self.engine = VLLMEngine(model_path, **options)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Return the rollouts of ``prompts``."""
-        return self.engine.generate(prompts, sampling)
+        with self.pulse.during_call(lambda: self.engine.steps):
+            return self.engine.generate(prompts, sampling)
 
     def update_weights(self, buckets: list[ray.ObjectRef], version: int) -> None:
         """Serve the weights that lie in the object store, reading one bucket after the other."""
@@ -36,16 +43,28 @@ class VLLMActor:
             for bucket in buckets:
                 yield from unpack(ray.get(bucket))
 
-        self.engine.update_weights(weights(), version)
+        with self.pulse.during_call():
+            self.engine.update_weights(weights(), version)
 
-    def call(self, name: str) -> Any:
-        """Call ``sleep``, ``wake_up`` or ``health`` of the engine."""
-        return getattr(self.engine, name)()
+    def call(self, name: str) -> None:
+        """Call ``sleep`` or ``wake_up`` of the engine."""
+        with self.pulse.during_call():
+            getattr(self.engine, name)()
 
     @ray.method(concurrency_group="ping")
-    def ping(self) -> int:
-        """Return the process id: this process is alive."""
-        return os.getpid()
+    def ping(self) -> Sign:
+        """Return a sign of life."""
+        return self.pulse.sign()
+
+
+def see_own_devices() -> None:
+    """Show this process the GPUs that Ray gave it, where Ray was told not to do that itself.
+
+    To be called before anything touches CUDA.
+    """
+    own = ray.get_gpu_ids()
+    if own and ray_noset_visible_devices():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in own)
 
 
 class RayEngines:
@@ -83,10 +102,6 @@ class RayEngines:
     def wake_up(self) -> None:
         """Undo :meth:`sleep`."""
         self._all("wake_up")
-
-    def health(self) -> None:
-        """Return when every engine has shown that it generates."""
-        self._all("health")
 
     def _all(self, name: str) -> None:
         self.watch.get([actor.call.remote(name) for actor in self.actors])

@@ -24,10 +24,6 @@ class RolloutEngine(Protocol):
         """Undo :meth:`sleep`."""
         ...
 
-    def health(self) -> None:
-        """Return when the engine can serve; raise :class:`~openrlhf.errors.InfraError` when it cannot."""
-        ...
-
 
 class WeightSync(Protocol):
     """Brings the policy's weights to the engines."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from openrlhf.errors import InfraError
 from openrlhf.models.actor import Actor
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
 
@@ -20,17 +19,30 @@ class HFEngine:
     Every sample has a random generator of its own, so it does not depend on what shares its batch. The ranks of a
     sharded policy call :meth:`generate` together, with equally many prompts.
 
+    Args:
+        actor: the policy, or a function that returns it.
+        tokenizer: gives the ids of the end and of padding.
+        micro_batch_size: samples that are generated together.
+        max_len: most tokens of prompt and answer; None leaves the length to the sampling parameters.
+        policy_version: see below.
+
     Attributes:
         policy_version: number of weight updates the policy has seen; written into the rollouts.
     """
 
     def __init__(
-        self, actor: Actor | Callable[[], Actor], tokenizer, micro_batch_size: int = 8, policy_version: int = 0
+        self,
+        actor: Actor | Callable[[], Actor],
+        tokenizer,
+        micro_batch_size: int = 8,
+        policy_version: int = 0,
+        max_len: int | None = None,
     ):
         self._actor = (lambda: actor) if isinstance(actor, nn.Module) else actor
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self.micro_batch_size = max(1, micro_batch_size)
+        self.max_len = max_len
         self.policy_version = policy_version
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -47,15 +59,11 @@ class HFEngine:
     def wake_up(self) -> None:
         """Do nothing, as :meth:`sleep`."""
 
-    def health(self) -> None:
-        """Raise InfraError when there is no policy to sample from."""
-        if self._actor() is None:
-            raise InfraError("the Hugging Face engine has no policy to sample from")
-
     def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         actor = self._actor()
+        rooms = [self._room(prompt, sampling) for prompt, _ in wanted]
         seeds = [sample_seed(sampling.seed, sampling.step, prompt.uid, index) for prompt, index in wanted]
         input_ids, attention_mask = pad_left([prompt.token_ids for prompt, _ in wanted], self.pad_id, actor.device)
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
@@ -64,7 +72,7 @@ class HFEngine:
             attention_mask=attention_mask,
             generation_config=GenerationConfig(
                 do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=max(rooms),
                 eos_token_id=self.eos_id,
                 pad_token_id=self.pad_id,
             ),
@@ -74,9 +82,15 @@ class HFEngine:
         answers = output[:, input_ids.shape[1] :].tolist()
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
         return [
-            self._rollout(prompt, answer, row, seed)
-            for (prompt, _), answer, row, seed in zip(wanted, answers, log_probs, seeds, strict=True)
+            self._rollout(prompt, answer[:room], row, seed)
+            for (prompt, _), answer, room, row, seed in zip(wanted, answers, rooms, log_probs, seeds, strict=True)
         ]
+
+    def _room(self, prompt: Prompt, sampling: SamplingParams) -> int:
+        """Return the most tokens of an answer to ``prompt``."""
+        if self.max_len is None:
+            return sampling.max_new_tokens
+        return min(sampling.max_new_tokens, self.max_len - len(prompt.token_ids))
 
     def _rollout(self, prompt: Prompt, answer: list[int], log_probs: list[float], seed: int) -> Rollout:
         """Cut ``answer`` after its first end of sequence and make a rollout of it."""

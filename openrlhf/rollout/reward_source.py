@@ -34,15 +34,6 @@ class RewardResult:
     extra: dict[str, list[float]] = field(default_factory=dict)
 
 
-def combine(results: Sequence[RewardResult]) -> RewardResult:
-    """Return the sum of several sources' rewards; a name that two sources log gets the source's number appended."""
-    extra: dict[str, list[float]] = {}
-    for number, result in enumerate(results):
-        for name, values in result.extra.items():
-            extra[f"{name}_{number}" if name in extra else name] = values
-    return RewardResult([sum(row) for row in zip(*(result.rewards for result in results), strict=True)], extra)
-
-
 class RewardFunction:
     """The ``reward_func`` of a python file.
 

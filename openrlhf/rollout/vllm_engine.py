@@ -7,7 +7,6 @@ On a machine without a GPU the CPU build of vLLM serves; ``VLLM_CPU_KVCACHE_SPAC
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +44,10 @@ class VLLMEngine:
         sleep: allow :meth:`sleep` to free GPU memory; no effect on a CPU.
         repack_tied_head: see :func:`openrlhf.ray.vllm_worker.repack_tied_heads`.
 
+    Attributes:
+        version: of the policy that is served.
+        steps: engine steps done so far; grows while the engine generates.
+
     Raises:
         DataError: vLLM cannot serve this model.
         InfraError: vLLM is not installed.
@@ -72,7 +75,6 @@ class VLLMEngine:
         on_cpu = device.device_type() == "cpu"
         self._eager = enforce_eager or on_cpu
         self._can_sleep = sleep and not on_cpu
-        self._busy = threading.Lock()
         self._requests = 0
         self.llm = _load(
             model_path,
@@ -99,18 +101,16 @@ class VLLMEngine:
             for prompt in prompts
             for index in range(sampling.n)
         ]
-        with self._busy:
-            outputs = self._run([(prompt.token_ids, seed) for prompt, seed in wanted], sampling)
+        outputs = self._run([(prompt.token_ids, seed) for prompt, seed in wanted], sampling)
         return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(wanted, outputs, strict=True)]
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Serve ``weights`` (all of them, named as in the checkpoint) from now on, as policy ``version``."""
-        with self._busy:
-            if self.tensor_parallel_size > 1:
-                weights = list(weights)  # crosses process borders
-            self.llm.collective_rpc("load_policy_weights", args=(weights, self.repack_tied_head))
-            if not self.llm.reset_prefix_cache():
-                raise InfraError("vLLM kept its prefix cache over a change of weights: it would mix two policies.")
+        if self.tensor_parallel_size > 1:
+            weights = list(weights)  # crosses process borders
+        self.llm.collective_rpc("load_policy_weights", args=(weights, self.repack_tied_head))
+        if not self.llm.reset_prefix_cache():
+            raise InfraError("vLLM kept its prefix cache over a change of weights: it would mix two policies.")
         self.version = version
 
     def sleep(self) -> None:
@@ -122,19 +122,6 @@ class VLLMEngine:
         """Undo :meth:`sleep`."""
         if self._can_sleep:
             self.llm.wake_up()
-
-    def health(self) -> int:
-        """Return a number that grows while the engine works. An idle engine generates one token to show that it can.
-
-        Raises:
-            InfraError: the engine cannot generate.
-        """
-        if self._busy.acquire(blocking=False):
-            try:
-                self._run([((1,), 0)], SamplingParams(max_new_tokens=1, temperature=0.0))
-            finally:
-                self._busy.release()
-        return self.steps
 
     def _run(self, requests: list[tuple[tuple[int, ...], int]], sampling: SamplingParams) -> list[Any]:
         """Generate for ``(token_ids, seed)`` pairs and return vLLM's outputs in the same order."""
@@ -221,5 +208,5 @@ def _load(model_path: str, **options: Any):
             worker_extension_cls=WORKER_EXTENSION,
             **options,
         )
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, AssertionError) as error:
         raise DataError(f"vLLM cannot serve '{model_path}': {error}") from error

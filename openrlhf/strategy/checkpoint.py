@@ -12,7 +12,6 @@ newest never, and only folders that carry our mark.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -27,14 +26,15 @@ import torch
 from openrlhf import device as machine
 from openrlhf.config.groups import CheckpointConfig
 from openrlhf.errors import DataError, InfraError, OpenRLHFError, UsageError
-from openrlhf.strategy import files
+from openrlhf.strategy import files, manifests
 from openrlhf.strategy.comm import Comm
+from openrlhf.strategy.manifests import FORMAT, MANIFEST
 
-FORMAT = "openrlhf-checkpoint-1"
-MANIFEST = "manifest.json"
 EXPORT_MARK = ".openrlhf-export.json"
 STEP_FOLDER = re.compile(r"global_step(\d+)(_hf)?$")
 GIB = 2**30
+# What saves or loads one role, given its folder.
+Handler = Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class CheckpointManager:
         if damage:
             raise DataError(f"no whole checkpoint in {self.root}: " + "; ".join(damage))
         self._say(f"no checkpoint in {self.root} yet: fresh start")
+        self.start_fresh()
         return None
 
     def start_fresh(self) -> None:
@@ -123,7 +124,7 @@ class CheckpointManager:
 
         moved = self._on_main(move, "move earlier checkpoints in")
         if moved:
-            self._say(f"checkpoints of an earlier run moved to {moved} (--load_checkpoint resumes from them)")
+            self._say(f"what an earlier run left is now in {moved}; --load_checkpoint --ckpt_path {moved} resumes it")
 
     def save(
         self, step: int, roles: Mapping[str, Callable[[Path], None]], state: Mapping[str, Any] | None = None
@@ -162,27 +163,17 @@ class CheckpointManager:
         """Hash what was written since `begin`, put it into place with its manifest, prune older ones."""
         folder = self.root / f"global_step{step}.tmp"
         target = self.root / f"global_step{step}"
-        names = self._on_main(lambda: sorted(_relative_files(folder)), f"list {folder.name} in")
+        names = self._on_main(lambda: manifests.files_of(folder), f"list {folder.name} in")
         mine, problem = {}, None
         try:
-            for name in names[self.comm.rank :: self.comm.world_size]:
-                files.fsync(folder / name)
-                mine[name] = {"size": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)}
+            mine = manifests.describe(folder, names[self.comm.rank :: self.comm.world_size])
         except OSError as error:
             problem = f"rank {self.comm.rank}: {error} (all ranks must see the same --ckpt_path)"
         self._agree([problem], f"hash checkpoint {step} in", folder)
         entries = {name: entry for share in self.comm.all_gather_object(mine) for name, entry in share.items()}
 
         def publish() -> None:
-            body = {
-                "format": FORMAT,
-                "step": step,
-                "layout": self.layout,
-                "state": dict(state or {}),
-                "files": entries,
-            }
-            manifest = {"sha256": _digest(body), **body}
-            files.write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+            manifests.write(folder, step=step, layout=self.layout, state=dict(state or {}), files=entries)
             files.fsync_tree(folder, files=False)
             files.publish_folder(folder, target)
             self._rotate()
@@ -190,7 +181,7 @@ class CheckpointManager:
         self._on_main(publish, f"put checkpoint {step} into place in", folder)
         return target
 
-    def export(self, step: int, exporter: Callable[[Path], None]) -> Path:
+    def export(self, step: int, exporter: Handler) -> Path:
         """Write the Hugging Face export of ``step`` with ``exporter(folder)``; it is pruned with its step."""
         target = self.root / f"global_step{step}_hf"
         staging = target.with_name(target.name + ".tmp")
@@ -205,7 +196,7 @@ class CheckpointManager:
         self._on_main(publish, f"put export {step} into place in", staging)
         return target
 
-    def load(self, checkpoint: Checkpoint, roles: Mapping[str, Callable[[Path], None]]) -> dict[str, Any]:
+    def load(self, checkpoint: Checkpoint, roles: Mapping[str, Handler]) -> dict[str, Any]:
         """Give each loader its role's folder, restore the random state of this rank, and return the stored state."""
         for name, loader in roles.items():
             loader(checkpoint.role(name))
@@ -223,14 +214,14 @@ class CheckpointManager:
 
     def _verify(self, path: Path) -> tuple[dict[str, Any], str | None]:
         """Return the manifest, and what is wrong with the files: every rank checks a share, all hear the same."""
-        manifest, problem = _read_manifest(path)
+        manifest, problem = manifests.read(path)
         views = self.comm.all_gather_object((manifest.get("sha256"), problem))
         if len(set(views)) > 1:
             raise InfraError(
                 f"the ranks do not see the same {path / MANIFEST}: put --ckpt_path on a shared disk ({views})"
             )
         if problem is None:
-            problem = _first_damage(path, manifest["files"], self.comm.rank, self.comm.world_size)
+            problem = manifests.first_damage(path, manifest["files"], self.comm.rank, self.comm.world_size)
             self.comm.barrier(f"verify {path.name}", self.wait_s)
             problem = next((found for found in self.comm.all_gather_object(problem) if found), None)
         return manifest, problem
@@ -259,8 +250,9 @@ class CheckpointManager:
         for path in self.root.glob("global_step*.old"):
             final = path.with_suffix("")
             shutil.rmtree(path) if final.exists() else path.rename(final)
-        for path in self.root.glob("global_step*.tmp"):
-            shutil.rmtree(path)
+        for pattern in ("global_step*.tmp", "global_step*.part"):
+            for path in self.root.glob(pattern):
+                shutil.rmtree(path)
 
     def _folders(self) -> list[Path]:
         return sorted((path for path in self.root.glob("global_step*") if STEP_FOLDER.match(path.name)), key=_step)
@@ -296,52 +288,23 @@ class CheckpointManager:
         raise InfraError(f"cannot {what} {self.root}: {'; '.join(problems)}{_free_space(self.root)}")
 
 
+def rng_file(folder: Path, rank: int) -> Path:
+    """Return where the random state of a rank is kept; every rank writes one, so it shows who took part."""
+    return folder / "rng" / f"rank{rank}.pt"
+
+
 def save_rng(folder: Path, rank: int) -> None:
     """Write the state of this process's random generators to ``folder/rng/rank<rank>.pt``."""
     (folder / "rng").mkdir(parents=True, exist_ok=True)
-    torch.save(machine.rng_state(), folder / "rng" / f"rank{rank}.pt")
+    torch.save(machine.rng_state(), rng_file(folder, rank))
 
 
 def load_rng(folder: Path, rank: int) -> None:
     """Restore what `save_rng` wrote. Raises ``DataError`` if this rank has no file."""
-    path = folder / "rng" / f"rank{rank}.pt"
+    path = rng_file(folder, rank)
     if not path.is_file():
         raise DataError(f"{path} is missing: the checkpoint was written by fewer ranks")
     machine.set_rng_state(torch.load(path, weights_only=True))
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return {}, f"no readable {MANIFEST} ({type(error).__name__})"
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return {}, f"{MANIFEST} is not of the format {FORMAT}"
-    if manifest.get("sha256") != _digest({key: value for key, value in manifest.items() if key != "sha256"}):
-        return {}, f"{MANIFEST} does not match its own hash"
-    return manifest, None
-
-
-def _first_damage(path: Path, entries: dict[str, dict[str, Any]], rank: int, world_size: int) -> str | None:
-    for name in sorted(entries)[rank::world_size]:
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            return f"{name} leads outside the folder"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entries[name]["size"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entries[name]['size']}"
-        if files.sha256(file) != entries[name]["sha256"]:
-            return f"{name} does not match its hash"
-    return None
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _relative_files(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _step(path: Path) -> int:

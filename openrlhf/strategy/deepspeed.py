@@ -1,21 +1,18 @@
 """The one strategy: DeepSpeed over one or many ranks, on CPU (gloo) and GPU (NCCL), ZeRO stage 0 to 3.
 
-A module goes in, a `TrainEngine` comes out. The engine accumulates gradients over as many micro-batches as the caller
-likes, normalised by the weight of the whole optimizer step, and refuses a step whose gradient is not finite.
+It knows the ranks, the device and how weights are sharded; a module goes in, a `TrainEngine` (`engine.py`) comes out.
 Left out: what a loss is, when to save and where checkpoints live (`checkpoint.py`, `export.py`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,23 +20,14 @@ from torch import nn
 
 from openrlhf import device as machine
 from openrlhf.config.groups import DeepSpeedConfig, OptimConfig
-from openrlhf.errors import DataError, InfraError, NumericError, UsageError
+from openrlhf.errors import InfraError, UsageError
 from openrlhf.strategy import deepspeed_config
-from openrlhf.strategy.comm import Comm, SoloComm, TorchComm, waiting
+from openrlhf.strategy.comm import Comm, SoloComm, TorchComm
+from openrlhf.strategy.engine import TrainEngine
 from openrlhf.strategy.optimizer import build_optimizer, build_schedule, cpu_adam_is_available
 
 logger = logging.getLogger(__name__)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step did: the gradient norm before clipping, the learning rate it used,
-    whether it counted.
-    """
-
-    grad_norm: float
-    lr: float
-    applied: bool
 
 
 class DeepSpeedStrategy:
@@ -60,7 +48,6 @@ class DeepSpeedStrategy:
         seed: int = 42,
         param_persistence_threshold: int | None = None,
     ):
-        deepspeed_config.check(config, bf16)
         self.config = config
         self.bf16 = bf16
         self.max_norm = max_norm
@@ -156,7 +143,10 @@ class DeepSpeedStrategy:
         use_cpu_adam = offload and self._all_ranks_have_cpu_adam()
         optimizer = build_optimizer(module, optim_config, use_cpu_adam=use_cpu_adam)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._train_config())
-        return TrainEngine(engine, self, optimizer, optim_config, max_steps)
+        if self.config.zero_stage == 0:
+            # DeepSpeed may have taken a step on zero gradients to allocate the state; it must not count.
+            optimizer.state.clear()
+        return TrainEngine(engine, self, optimizer, build_schedule(optimizer, optim_config, max_steps))
 
     def prepare_eval(self, module: nn.Module, offload: bool = False) -> nn.Module:
         """Return ``module`` on the device, in eval mode and without gradients; a DeepSpeed engine under ZeRO-3.
@@ -195,144 +185,6 @@ class DeepSpeedStrategy:
 
     def _eval_config(self, offload: bool = False) -> dict[str, Any]:
         return deepspeed_config.eval_config(self.config, offload=offload, **self._sizes())
-
-
-class TrainEngine:
-    """A module in training: forward through the call, `backward` per micro-batch, `step` per optimizer step.
-
-    Every method but `train` and `eval` must be called by all ranks, equally often.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        strategy: DeepSpeedStrategy,
-        optimizer: torch.optim.Optimizer,
-        optim_config: OptimConfig,
-        max_steps: int,
-    ):
-        self.engine = engine
-        self.strategy = strategy
-        self._optimizer = optimizer
-        self._own_norm: float | None = None
-        if strategy.config.zero_stage == 0:
-            # DeepSpeed may have taken a step on zero gradients to allocate the state; it must not count.
-            optimizer.state.clear()
-        if engine.optimizer is optimizer:
-            optimizer.register_step_pre_hook(self._clip_or_skip)
-        self._schedule = build_schedule(optimizer, optim_config, max_steps)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that was given to `DeepSpeedStrategy.prepare_train`."""
-        return self.engine.module
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self._optimizer.param_groups[0]["lr"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward."""
-        return self.engine(*args, **kwargs)
-
-    def train(self) -> TrainEngine:
-        """Switch to training mode (dropout on)."""
-        self.engine.train()
-        return self
-
-    def eval(self) -> TrainEngine:
-        """Switch to evaluation mode (dropout off)."""
-        self.engine.eval()
-        return self
-
-    def backward(self, loss_sum: torch.Tensor, weight: float | torch.Tensor) -> None:
-        """Add the gradient of ``loss_sum / weight`` to the step.
-
-        ``loss_sum`` is the sum over this rank's micro-batch, ``weight`` the loss weights (tokens, pairs) of the whole
-        optimizer step over all ranks; so the gradient does not depend on how the step was cut.
-        """
-        with waiting("backward", self.strategy.config.collective_timeout):
-            self.engine.backward(loss_sum * (self.strategy.world_size / float(weight)), scale_wrt_gas=False)
-
-    def step(self) -> StepResult:
-        """Clip, update the weights and advance the schedule.
-
-        Raises ``NumericError`` on all ranks, with the weights unchanged and the gradient dropped, if it is not finite.
-        """
-        lr = self.lr
-        with waiting("the optimizer step", self.strategy.config.collective_timeout):
-            self.engine.step()
-        norm = (
-            self._own_norm if self.engine.optimizer is self._optimizer else float(self.engine.get_global_grad_norm())
-        )
-        if norm is None or not math.isfinite(norm) or getattr(self.engine.optimizer, "overflow", False):
-            raise NumericError(
-                f"the gradient is not finite (norm {norm}) at optimizer step {self._schedule.last_epoch + 1}; the "
-                "weights were not changed. Lower the learning rate, or look at the data of this step"
-            )
-        self._schedule.step()
-        return StepResult(norm, lr, True)
-
-    def named_weights(
-        self, dtype: torch.dtype | None = None, root: nn.Module | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield ``(name, whole tensor on the CPU)`` of every weight and saved buffer; see `named_weights`."""
-        return named_weights(root or self.module, self.strategy, dtype)
-
-    def save(self, directory: str | Path) -> None:
-        """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format."""
-        directory = Path(directory)
-        state = {"schedule": self._schedule.state_dict()}
-        with waiting(f"saving {directory}", self.strategy.config.collective_timeout):
-            self.engine.save_checkpoint(
-                str(directory.parent), tag=directory.name, client_state=state, save_latest=False
-            )
-
-    def load(self, directory: str | Path) -> None:
-        """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.
-
-        The files are unpickled by DeepSpeed: check their hashes first, as `CheckpointManager` does.
-        """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise DataError(f"{directory}: no such checkpoint folder")
-        with waiting(f"loading {directory}", self.strategy.config.collective_timeout):
-            path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        if path is None:
-            raise DataError(f"{directory} holds no DeepSpeed checkpoint")
-        self._schedule.load_state_dict(state["schedule"])
-        if hasattr(self.engine.optimizer, "clip_grad"):
-            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
-
-    def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Do what DeepSpeed's wrapped optimizers do: without gradients the optimizer leaves every weight alone."""
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-        norm = nn.utils.get_total_norm([param.grad for param in params])
-        self._own_norm = float(norm)
-        if not math.isfinite(self._own_norm):
-            for param in params:
-                param.grad = None
-        elif self.strategy.max_norm > 0:
-            nn.utils.clip_grads_with_norm_(params, self.strategy.max_norm, norm)
-
-
-def named_weights(
-    root: nn.Module, strategy: DeepSpeedStrategy, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``(name, whole tensor on the CPU)`` for every entry of ``root``'s state dict, gathered one at a time.
-
-    Names are relative to ``root``. A weight that is tied to an earlier one is left out. Floating tensors become
-    ``dtype`` (None: as they are). All ranks must exhaust the iterator, even those that do not want the tensors.
-    """
-    seen: set[int] = set()
-    for name, tensor in root.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        with strategy.gather([tensor]):
-            copy = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
-        yield name, copy
 
 
 def _start_deepspeed(timeout: timedelta) -> None:

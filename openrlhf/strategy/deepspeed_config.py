@@ -5,23 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from openrlhf.config.groups import DeepSpeedConfig
-from openrlhf.errors import UsageError
-
-
-def check(config: DeepSpeedConfig, bf16: bool) -> None:
-    """Raise ``UsageError`` with every combination that DeepSpeed would refuse later, or treat in
-    silence as another.
-    """
-    problems = []
-    stage, dtype = config.zero_stage, config.grad_accum_dtype
-    if dtype and stage == 0 and dtype != ("bf16" if bf16 else "fp32"):
-        problems.append(f"--grad_accum_dtype {dtype} needs --zero_stage 1, 2 or 3")
-    if config.overlap_comm and stage < 2:
-        problems.append(f"--overlap_comm needs --zero_stage 2 or 3, not {stage}")
-    if config.zpg > 1 and stage != 3:
-        problems.append(f"--zpg {config.zpg} needs --zero_stage 3, not {stage}")
-    if problems:
-        raise UsageError(problems)
 
 
 def train_config(
@@ -40,7 +23,6 @@ def train_config(
     by them. ``max_norm`` 0 switches clipping off (DeepSpeed's own default is 1). ``offload`` keeps the optimizer in
     host memory. ``param_persistence_threshold`` is the size in elements under which ZeRO-3 does not shard a parameter.
     """
-    check(config, bf16)
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "offload_param": {"device": "none"},
@@ -79,7 +61,6 @@ def eval_config(
 
     ``offload`` keeps the shards in host memory; without stage 3 there are no shards and it has no effect.
     """
-    check(config, bf16)
     stage = 3 if config.zero_stage == 3 else 0
     zero = {"stage": stage, "offload_param": {"device": "cpu", "pin_memory": True} if offload else {"device": "none"}}
     return {

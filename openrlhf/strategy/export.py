@@ -13,16 +13,15 @@ from torch import nn
 from openrlhf.errors import InfraError
 from openrlhf.models.backbone import quiet
 from openrlhf.strategy import files
-from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine, named_weights
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import TrainEngine, named_weights
 
 MAX_SHARD_SIZE = "5GB"
 WAIT_S = 3600.0
 
 
 def unwrap(source: TrainEngine | nn.Module) -> tuple[nn.Module, Callable[[str], str]]:
-    """Return the Hugging Face model inside an engine, an Actor or a ValueModel, and how its weights are named in
-    files.
-    """
+    """Return the Hugging Face model inside an engine, an Actor or a ValueModel, and how files name its weights."""
     module, name_in_file = source, _same
     while not hasattr(module, "save_pretrained"):
         name_in_file = getattr(module, "export_name", name_in_file)
@@ -44,10 +43,8 @@ def export_model(
     """
     path = Path(path)
     model, name_in_file = unwrap(source)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in named_weights(model, strategy):
-        if strategy.rank == 0:
-            state[name_in_file(name)] = tensor
+    weights = named_weights(model, strategy, wanted=strategy.rank == 0)
+    state = {name_in_file(name): tensor for name, tensor in weights}
     problem = _write(model, state, path, tokenizer) if strategy.rank == 0 else None
     strategy.comm.barrier(f"export to {path}", WAIT_S)
     problem = strategy.comm.broadcast_object(problem)

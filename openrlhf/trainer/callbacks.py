@@ -188,4 +188,5 @@ class Checkpointing(Callback):
         if not self._config.disable_ds_ckpt:
             self._manager.save(step, {"model": trainer.engine.save}, trainer.state_dict())
         if self._config.save_hf_ckpt:
+            trainer.before_export()
             self._manager.export(step, self._export)

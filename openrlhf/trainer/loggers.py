@@ -65,6 +65,22 @@ class Logger:
         """Close it."""
 
 
+def rewind(path: Path, step: int) -> None:
+    """Keep the lines of a JSON lines file up to ``step``, drop later or torn ones; at step 0 begin anew."""
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinity for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
 class JsonlLogger(Logger):
     """``metrics.jsonl``: a JSON object a line with ``step``, ``epoch``, ``phase`` and the metrics; NaN is null."""
 
@@ -74,23 +90,8 @@ class JsonlLogger(Logger):
         self._file = None
 
     def _open(self, step: int) -> None:
-        """Keep the lines up to ``step``, drop later or torn ones, and append from there; step 0 begins anew."""
-        kept = [line for line in self._lines() if self._step_of(line) <= step] if step else []
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        rewind(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
-
-    def _lines(self) -> list[str]:
-        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-
-    @staticmethod
-    def _step_of(line: str) -> float:
-        """Return the step of a line; infinity for a line that a crash cut short."""
-        try:
-            return json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return math.inf
 
     def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -93,8 +93,8 @@ class Trainer:
     def prepare(self, batches: list) -> None:
         """Look at all micro-batches of a step before its first backward; most algorithms need not."""
 
-    def finish(self) -> None:
-        """Do what is left when the last step is done, before the last callbacks."""
+    def before_export(self) -> None:
+        """Bring up to date what an export holds beside the weights; called before each, and after the last step."""
 
     def train_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
         """Return what a training step logs of its metrics."""
@@ -139,7 +139,7 @@ class Trainer:
             for rows in self.sampler.epoch(epoch, start_step=self.position.step):
                 metrics = self._train_step(rows)
                 self.callbacks.on_step_end(self, metrics)
-        self.finish()
+        self.before_export()
         self.callbacks.on_end(self)
 
     def evaluate(self) -> dict[str, float]:

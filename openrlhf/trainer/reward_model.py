@@ -22,8 +22,9 @@ CALIBRATION_PAIRS = 512
 class RewardModelTrainer(Trainer):
     """Trains a :class:`~openrlhf.models.value_head.ValueModel` on pairs, and measures the scale of its rewards.
 
-    The mean and the unbiased standard deviation of all rewards of the last evaluation go into the model's config as
-    ``mean`` and ``std``, where ``--normalize_reward`` finds them. Without evaluation rows training pairs stand in.
+    The mean and the unbiased standard deviation of all rewards of an evaluation go into the model's config as ``mean``
+    and ``std``, where ``--normalize_reward`` finds them; every export has those of its own weights. Without evaluation
+    rows training pairs stand in.
     """
 
     window_names: ClassVar = {"loss": "loss_mean", "acc": "acc_mean"}
@@ -33,6 +34,7 @@ class RewardModelTrainer(Trainer):
         """Take what :class:`Trainer` takes; a ``loss`` other than ``"sigmoid"`` is the log-exp loss."""
         super().__init__(*args, **kwargs)
         self._sigmoid, self._margin_loss = loss == "sigmoid", margin_loss
+        self._measured_at: int | None = None
 
     def weight(self, batch: PreferenceBatch) -> Tensor:
         """Return the number of pairs."""
@@ -64,15 +66,18 @@ class RewardModelTrainer(Trainer):
         """Return loss, pair accuracy, and mean and deviation of the rewards; they also go into the model's config."""
         mean, std = reward_scale(totals)
         self.engine.module.config.mean, self.engine.module.config.std = mean, std
+        self._measured_at = self.global_step
         return {**super().eval_values(totals), "reward_mean": mean, "reward_std": std}
 
-    def finish(self) -> None:
-        """Measure the scale of the rewards on training pairs when there is nothing to evaluate on."""
-        if self.eval_data:
+    def before_export(self) -> None:
+        """Measure the scale of the rewards, unless that was done with the present weights."""
+        if self._measured_at == self.global_step:
             return
-        pairs = min(CALIBRATION_PAIRS, len(self.train_data))
-        LOG.info("no rows to evaluate: mean and std of the rewards come from %d training pairs", pairs)
-        self.eval_values(self.measure(self.train_data, pairs))
+        data, pairs = self.eval_data, len(self.eval_data)
+        if not pairs:
+            data, pairs = self.train_data, min(CALIBRATION_PAIRS, len(self.train_data))
+            LOG.info("no rows to evaluate: mean and std of the rewards come from %d training pairs", pairs)
+        self.eval_values(self.measure(data, pairs))
 
 
 def reward_scale(totals: Mapping[str, Mean]) -> tuple[float, float]:
@@ -85,8 +90,3 @@ def reward_scale(totals: Mapping[str, Mean]) -> tuple[float, float]:
     mean = (totals["chosen_reward"].total + totals["reject_reward"].total) / count
     variance = max(0.0, squares - count * mean**2) / max(1.0, count - 1)
     return mean, math.sqrt(variance) or 1.0
-
-
-def saved_name(name: str, head_prefix: str) -> str:
-    """Return the name that a weight of the transformers model, whose head is called ``score``, has in its folder."""
-    return f"{head_prefix}.{name.removeprefix('score.')}" if name.startswith("score.") else name

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
+from openrlhf.config.groups import run_folder
+from openrlhf.config.plan import step_text, total_text
 from openrlhf.errors import InfraError
 from openrlhf.trainer.console import OURS, Console, noise_to, our_lines
 
@@ -36,11 +38,6 @@ class Run:
             OURS.info(line)
 
 
-def run_path(save_path: str, explicit: str | None) -> Path:
-    """Return the run folder: ``--run_path``, or ``<save_path>_run`` beside the exported model."""
-    return Path(explicit or f"{save_path.rstrip('/')}_run")
-
-
 @contextmanager
 def open_run(config: Any, program: str) -> Iterator[Run]:
     """Make the run folder, write ``config.json``, and send the noise of libraries to the log until the block ends.
@@ -48,7 +45,7 @@ def open_run(config: Any, program: str) -> Iterator[Run]:
     An error inside the block is written to the log with its traceback and raised on, with the terminal restored.
     """
     rank = int(os.environ.get("RANK", "0"))
-    folder = run_path(config.checkpoint.save_path, config.logging.run_path)
+    folder = Path(run_folder(config.checkpoint.save_path, config.logging.run_path))
     flags = to_flat_dict(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +68,8 @@ def start_up_lines(config: Any, run: Run, strategy: Any, model: Any, train_data:
         f"run      {run.path} ({LOG_NAME} there takes what libraries print)",
         _place_line(config, strategy),
         _data_line(train_data, eval_data),
-        _batch_line(config.batch, strategy.world_size, len(train_data)),
+        f"batch    {step_text(config.batch, strategy.world_size, 'rows')}",
+        f"         {total_text(config.batch, len(train_data))}",
         _model_line(config, strategy.world_size, model),
     ]
 
@@ -84,17 +82,6 @@ def _place_line(config: Any, strategy: Any) -> str:
 
 def _data_line(train_data: Any, eval_data: Any) -> str:
     return f"data     {len(train_data):,} rows to train, {len(eval_data):,} to evaluate"
-
-
-def _batch_line(batch: Any, world_size: int, rows: int) -> str:
-    share = -(-batch.train_batch_size // world_size)
-    micro_batches = -(-share // batch.micro_train_batch_size)
-    steps = -(-rows // batch.train_batch_size)
-    return (
-        f"batch    {batch.train_batch_size} rows a step: {world_size} x {share} a rank in {micro_batches} "
-        f"micro-batches of {min(batch.micro_train_batch_size, share)}; "
-        f"{steps:,} steps an epoch x {batch.max_epochs} = {steps * batch.max_epochs:,} steps"
-    )
 
 
 def _model_line(config: Any, world_size: int, model: Any) -> str:

@@ -57,6 +57,9 @@ def test_two_ray_actors_train_the_same_policy_as_one_process(tmp_path):
     flags += ["--remote_rm_url", rewards, "--advantage_estimator", "rloo", "--n_samples_per_prompt", "2"]
     done = ppo(*flags, "--train_batch_size", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    noise = "(WorkerHost pid="
+    assert noise in (tmp_path / "out_run" / "log.txt").read_text()
+    assert noise not in done.stdout + done.stderr
 
     config = tiny_ppo_config(tmp_path, algorithm=AlgorithmConfig(advantage_estimator="rloo"))
     config = replace(

@@ -14,8 +14,8 @@ from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
 
-SFT = ["--pretrain", "model", "--dataset", "rows.jsonl"]
-RM = SFT
+SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
+RM = ["--pretrain", "model", "--dataset", "rows.jsonl"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 
 
@@ -170,7 +170,8 @@ class TestYaml:
         return str(path)
 
     def test_a_file_holds_the_same_names(self, tmp_path):
-        text = "pretrain: model\ndataset: rows.jsonl\nbf16: true\nlearning_rate: 1e-5\nadam_betas: [0.9, 0.98]\n"
+        text = "pretrain: model\ndataset: rows.jsonl\noutput_key: answer\nbf16: true\n"
+        text += "learning_rate: 1e-5\nadam_betas: [0.9, 0.98]\n"
         config = parse(SFTConfig, ["--config", self.write(tmp_path, text)], "train_sft")[0]
         assert config.model.bf16 and config.optim.learning_rate == 1e-5 and config.optim.adam_betas == (0.9, 0.98)
 

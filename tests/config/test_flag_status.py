@@ -12,7 +12,7 @@ from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
 
-SFT = ["--pretrain", "model", "--dataset", "rows.jsonl"]
+SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
     "lora_rank": ["8"],
@@ -83,13 +83,30 @@ def test_one_line_for_each_flag_without_effect(monkeypatch, capsys):
     assert [line.split()[1] for line in lines] == ["--perf", "--vllm_enable_sleep"]
 
 
-def test_the_backend_is_told_only_when_it_was_asked_for():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_backend_is_told_only_when_it_was_asked_for(gpu):
     values = {"vllm_sync_backend": "nccl"}
-    assert no_effect_notices(values, set(), gpu=False) == []
-    assert len(no_effect_notices(values, {"vllm_sync_backend"}, gpu=False)) == 1
-    assert no_effect_notices(values, {"vllm_sync_backend"}, gpu=True) == []
+    assert no_effect_notices(values, set(), gpu) == []
+    assert "Ray's object store" in no_effect_notices(values, {"vllm_sync_backend"}, gpu)[0]
 
 
-def test_overlap_has_no_effect_below_stage_two():
-    assert no_effect_notices({"zero_stage": 1, "overlap_comm": True}, {"overlap_comm"}, gpu=True)
-    assert not no_effect_notices({"zero_stage": 2, "overlap_comm": True}, {"overlap_comm"}, gpu=True)
+def test_offloading_the_reference_needs_a_gpu_and_stage_three():
+    for stage, gpu, told in [(3, True, 0), (2, True, 1), (3, False, 1)]:
+        values = {"zero_stage": stage, "ref_reward_offload": True}
+        assert len(no_effect_notices(values, {"ref_reward_offload"}, gpu)) == told
+
+
+@pytest.mark.parametrize(
+    ("words", "feature"),
+    [
+        (["--lora_alpha", "32"], "--lora_rank"),
+        (["--lora_dropout", "0.1"], "--lora_rank"),
+        (["--target_modules", "q_proj"], "--lora_rank"),
+        (["--ptx_coef", "0.1"], "--pretrain_data"),
+        (["--pretrain_data_probs", "0.5"], "--pretrain_data"),
+        (["--pretrain_split", "test"], "--pretrain_data"),
+    ],
+)
+def test_a_flag_of_a_feature_that_is_off_is_told(words, feature, capsys):
+    parse(PPOConfig, [*PPO, *words], "train_ppo_ray")
+    assert capsys.readouterr().err == f"note: {words[0]} has no effect here: it needs {feature}\n"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from openrlhf.config.arguments import parse
 from openrlhf.config.groups import SFTConfig
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
 
-SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--train_batch_size", "20", "--micro_train_batch_size", "4"]
+SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
+SFT += ["--train_batch_size", "20", "--micro_train_batch_size", "4"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "a,b", "--rollout_batch_size", "16"]
 
 
@@ -25,18 +30,38 @@ def test_a_step_is_cut_over_ranks_and_micro_batches():
     assert "20 samples = 2 ranks x 3 micro-batches of at most 4" in plan(SFTConfig, SFT, 2)
 
 
-def test_steps_are_counted_when_the_rows_are_known():
-    assert "50 rows: 3 steps an epoch, 6 steps in 2 epochs" in plan(SFTConfig, SFT, 1, rows=50)
-    assert "follows from the data" in plan(SFTConfig, SFT, 1)
+@pytest.fixture
+def rows(tmp_path):
+    """A file of 50 rows and a blank line."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"input": "a"}\n' * 50 + "\n")
+    return str(path)
 
 
-def test_a_rollout_step_says_answers_updates_and_rewards():
+def test_steps_are_counted_in_a_local_file(rows):
+    assert "50 rows: 3 steps an epoch, 6 steps in 2 epochs" in plan(SFTConfig, [*SFT, "--dataset", rows], 1)
+    assert "30 rows: 2 steps an epoch" in plan(SFTConfig, [*SFT, "--dataset", rows, "--max_samples", "30"], 1)
+
+
+def test_steps_of_other_sources_are_known_once_the_data_is_read(rows):
+    listed = rows.replace("rows.jsonl", "list.jsonl")
+    Path(listed).write_text('[{"input": "a"},\n{"input": "b"}]')
+    for words in (
+        ["--dataset", "hub/name"],
+        ["--dataset", listed],
+        ["--dataset", f"{rows},{rows}", "--dataset_probs", "0.5,0.5"],
+    ):
+        assert "steps: known once the data is read" in plan(SFTConfig, [*SFT, *words], 1)
+    assert "steps: known once the data is read" in plan(PPOConfig, PPO, 1)
+
+
+def test_a_rollout_step_says_answers_updates_and_rewards(rows):
     words = [*PPO, "--n_samples_per_prompt", "4", "--train_batch_size", "48", "--vllm_num_engines", "2"]
-    text = plan(PPOConfig, words, 2, rows=40)
+    text = plan(PPOConfig, [*words, "--prompt_data", rows, "--max_samples", "40"], 2)
     assert "16 prompts x 4 answers = 64 answers of at most 1024 tokens, from 2 vLLM engines" in text
     assert "then 2 optimizer steps x 1 epoch\n  2 ranks" in text
     assert "gae, critic from a" in text and "reward: a + b" in text
-    assert "40 prompts x 1 episode: 3 rollout steps" in text
+    assert "40 prompts x 1 episode: 3 rollout steps, 5 optimizer steps" in text
 
 
 def test_an_estimator_without_a_critic_says_so():

@@ -121,14 +121,19 @@ def test_sources_with_other_columns_mix_on_the_needed_ones(write_lines):
     assert sorted(mixed.column_names) == ["input", "output"]
 
 
+def test_rounded_probabilities_are_made_to_sum_to_one():
+    assert sum(parse_probabilities("0.33,0.33,0.33", 3, "--dataset")) == pytest.approx(1.0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("probs", "message"),
     [
-        ("1.0", "1 numbers for 2 data sets"),
-        ("0.5,0.6", "sum is 1.1"),
-        ("-0.5,1.5", "between 0 and 1"),
-        ("half,half", "write numbers"),
-        ("nan,1", "between 0 and 1"),
+        ("1.0", "1 values for the 2 data sets"),
+        ("0.5,0.6", "add up to 1.1"),
+        ("-0.5,1.5", "are not negative"),
+        ("half,half", "not a list of numbers"),
+        ("nan,1", "are not negative, and finite"),
+        ([0.5, 0.6], "add up to 1.1"),
     ],
 )
 def test_malformed_probabilities_name_their_flag(probs, message):

@@ -9,7 +9,7 @@ import torch
 
 from openrlhf.config.groups import SFTDataConfig
 from openrlhf.datasets.sft import SFTDataset
-from openrlhf.errors import DataError, UsageError
+from openrlhf.errors import DataError
 from tests.datasets.conftest import trained_text
 from tests.helpers import tiny_tokenizer
 
@@ -200,13 +200,6 @@ def test_a_missing_key_names_the_keys_there_and_the_flag(chatml):
 def test_a_value_of_the_wrong_type_names_the_row(chatml, value):
     with pytest.raises(DataError, match="row 1: expected text, found"):
         SFTDataset([{"input": "a", "output": "b"}, {"input": "a", "output": value}], chatml, config())
-
-
-def test_flags_that_leave_no_response_are_refused(chatml):
-    with pytest.raises(UsageError, match="--output_key"):
-        SFTDataset([{"input": "a"}], chatml, config(output_key=None))
-    with pytest.raises(UsageError, match="--apply_chat_template"):
-        SFTDataset([{"input": "a", "output": "b"}], chatml, config(multiturn=True))
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):

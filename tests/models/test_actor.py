@@ -6,7 +6,7 @@ import torch
 from openrlhf.errors import UsageError
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import UNPADDED
-from openrlhf.models.backbone import enable_gradient_checkpointing
+from openrlhf.models.backbone import enable_gradient_checkpointing, tell_padding
 from tests.helpers import tiny_causal_lm
 
 EXACT = [
@@ -220,3 +220,15 @@ def test_an_actor_can_be_copied_and_keeps_its_head():
     with torch.no_grad():
         twin.model.lm_head.weight.mul_(2)
     assert not torch.allclose(twin(sequences, mask).log_probs, actor(sequences, mask).log_probs)
+
+
+def test_it_is_said_once_that_padding_is_computed(caplog):
+    tell_padding.cache_clear()
+    for _ in range(2):
+        actor = Actor(tiny_causal_lm(None, "bloom"))
+        actor.verify()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("openrlhf")]
+    assert said == [f"bloom (BloomForCausalLM): padding is computed: {actor.reason}"]
+    tell_padding.cache_clear()
+    Actor(tiny_causal_lm(None, "llama")).verify()
+    assert len(caplog.records) == len(said)

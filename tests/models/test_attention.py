@@ -9,6 +9,7 @@ from openrlhf.models.attention import (
     plan_mask,
     register,
     switch_attention,
+    takes,
     unpadded_attention,
 )
 from openrlhf.models.packing import Rows
@@ -124,3 +125,10 @@ def test_sdpa_without_a_mask_is_what_runs_for_plain_sequences(heads, monkeypatch
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     unpadded_attention(None, *heads, 0, unpadded=ROWS)
     assert masks == [None] * len(LENGTHS)
+
+
+def test_a_kernel_is_taken_only_when_it_has_every_parameter_that_is_passed():
+    def older(query, key, value, starts, *, scale=None, is_causal=False): ...
+
+    assert takes(older, "scale", "is_causal")
+    assert not takes(older, "scale", "window_size", "enable_gqa")

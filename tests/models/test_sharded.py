@@ -8,7 +8,8 @@ import torch
 from openrlhf.config.groups import ModelConfig, OptimConfig
 from openrlhf.models.actor import Actor
 from openrlhf.models.backbone import enable_gradient_checkpointing
-from openrlhf.models.loading import load_causal_lm
+from openrlhf.models.loading import load_causal_lm, load_value_model
+from openrlhf.models.value_head import ValueModel
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Prompt, SamplingParams
 from tests.helpers import tiny_causal_lm, tiny_tokenizer
@@ -59,3 +60,32 @@ def test_two_sharded_ranks_train_and_sample_as_one_process(tmp_path, tied, check
     torch.testing.assert_close(second["after"], alone["after"][1::2], atol=1e-4, rtol=1e-4)
     assert first["tokens"] == alone["tokens"][::2]
     assert second["tokens"] == alone["tokens"][1::2]
+
+
+def train_values(folder: str, stage: int) -> dict:
+    """Let a critic in half precision do two steps on this rank's rows; return losses, norms and values."""
+    from tests.strategy.programs import strategy_of
+
+    strategy = strategy_of(zero_stage=stage, bf16=True)
+    model_cfg = ModelConfig(pretrain=folder, bf16=True)
+    loaded = load_value_model(folder, model_cfg, gather=strategy.gather, context=strategy.loading_context)
+    engine = strategy.prepare_train(ValueModel(loaded), OptimConfig(learning_rate=1e-2, lr_scheduler="constant"), 10)
+    mine = slice(strategy.rank, None, strategy.world_size)
+    losses, norms = [], []
+    for _ in range(2):
+        engine.train()
+        loss = (engine(TOKENS[mine], MASK[mine]) - 1.0).square().mul(MASK[mine]).sum()
+        losses.append(strategy.comm.all_reduce(float(loss.detach())))
+        engine.backward(loss, 30)
+        norms.append(engine.step().grad_norm)
+    return {"losses": losses, "norms": norms, "dtype": engine(TOKENS[mine], MASK[mine]).dtype}
+
+
+def test_the_float32_head_of_two_sharded_ranks_learns_as_that_of_one_process(tmp_path):
+    tiny_causal_lm(tmp_path, "qwen2")
+    first, second = run_ranks("tests.models.test_sharded:train_values", 2, folder=str(tmp_path), stage=3)
+    alone = run_ranks("tests.models.test_sharded:train_values", 1, folder=str(tmp_path), stage=0)[0]
+    assert first["dtype"] == second["dtype"] == torch.float32
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+    assert first["norms"] == pytest.approx(alone["norms"], rel=5e-2)
+    assert first["losses"][1] < 0.9 * first["losses"][0]

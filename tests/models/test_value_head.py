@@ -190,3 +190,16 @@ def test_reading_something_else_is_refused(folder, tokenizer):
     model = ValueModel(load_value_model(folder, PLAIN))
     with pytest.raises(ValueError, match="'last' or 'each'"):
         model(*encode(tokenizer, "right"), read="all")
+
+
+def test_the_head_computes_in_float32_under_bf16_and_learns(folder, tokenizer):
+    model = ValueModel(load_value_model(folder, ModelConfig(bf16=True), init_value_head=True))
+    inputs = encode(tokenizer, "right")
+    seen = []
+    model.head.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    values = model(*inputs)
+    hidden, output = seen[0]
+    assert hidden.dtype == model.head.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(output, hidden.float() @ model.head.weight.float().T, atol=1e-6, rtol=1e-6)
+    values.sum().backward()
+    assert model.head.weight.grad.dtype == torch.bfloat16 and model.head.weight.grad.abs().sum() > 0

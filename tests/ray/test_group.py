@@ -17,6 +17,7 @@ from openrlhf.errors import InfraError, NumericError, UsageError
 from openrlhf.ray import cluster
 from openrlhf.ray.group import RayGroup, Watch
 from openrlhf.ray.host import ray_noset_visible_devices
+from openrlhf.ray.vllm_actor import see_own_devices
 from openrlhf.trainer.ppo.groups import LocalGroup
 from tests.ray.conftest import placement_of
 
@@ -50,6 +51,12 @@ class Adder:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def work(self, seconds: float) -> int:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sum(range(1000))
+        return 1
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -165,6 +172,25 @@ def test_a_stopped_worker_is_named_after_the_deadline(mortal_group):
             mortal_group.get(mortal_group.run(Adder.total, [1, 2]))
     finally:
         os.kill(pids[0], signal.SIGCONT)
+
+
+def test_a_worker_that_hangs_in_a_call_is_named_and_one_that_works_is_waited_for(mortal_group):
+    mortal_group.watch.timeout_s = 3
+    assert mortal_group.get(mortal_group.run(Adder.work, seconds=5)) == [1, 1]
+    started = time.monotonic()
+    with pytest.raises(InfraError, match="actor rank 0, actor rank 1 made no headway for 3 s"):
+        mortal_group.get(mortal_group.run(Adder.sleep, seconds=60))
+    assert time.monotonic() - started < 15
+
+
+def test_an_engine_picks_the_devices_of_its_seat_when_ray_leaves_the_list_alone(local_ray):
+    @ray.remote(num_gpus=2, runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}})
+    def devices() -> tuple[str, list]:
+        see_own_devices()
+        return os.environ["CUDA_VISIBLE_DEVICES"], ray.get_gpu_ids()
+
+    seen, own = ray.get(devices.remote())
+    assert len(own) == 2 and seen == ",".join(str(number) for number in own)
 
 
 def test_workers_with_a_strategy_form_one_process_group(local_ray):

@@ -63,6 +63,15 @@ def test_all_models_and_engines_share_one_pool():
     assert placement.engine_sleep
 
 
+def test_a_placement_knows_whether_engines_and_learners_share_their_devices():
+    apart = Placement.from_config(config_with())
+    together = Placement.from_config(config_with(colocate_all_models=True))
+    half = Placement.from_config(config_with(colocate_all_models=True, colocate_critic_reward=True))
+    without = Placement.from_config(config_with(colocate_all_models=True, vllm=VLLMConfig()))
+    facts = [(each.engines_share, each.learners_share) for each in (apart, together, half, without)]
+    assert facts == [(False, False), (True, True), (True, False), (False, True)]
+
+
 def test_critic_and_reward_leave_the_pool_of_all_models_when_asked():
     placement = Placement.from_config(config_with(colocate_all_models=True, colocate_critic_reward=True))
     assert pools(placement) == {"actor": (["actor", "ref", "vllm"], 2), "critic": (["critic", "reward"], 2)}

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from openrlhf.errors import InfraError
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import UNPADDED
 from openrlhf.models.tokenizer import load_tokenizer
@@ -131,18 +130,36 @@ def test_the_mode_of_the_policy_is_kept(engine, actor):
     actor.eval()
 
 
-def test_the_generation_config_of_the_folder_does_not_leak_in(actor, engine):
-    expected = [rollout.token_ids for rollout in engine.generate(PROMPTS, SAMPLING)]
-    actor.model.generation_config.repetition_penalty = 5.0
-    actor.model.generation_config.temperature = 0.1
-    assert [rollout.token_ids for rollout in engine.generate(PROMPTS, SAMPLING)] == expected
+def test_the_generation_config_of_the_folder_does_not_leak_in(tmp_path, tokenizer):
+    model = tiny_causal_lm(None, "qwen2", tied=False)
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.suppress_tokens = list(range(3, 100))
+    model.generation_config.max_length = 7
+    model.save_pretrained(tmp_path)
+    actor = Actor(str(tmp_path), bf16=False)
+    assert actor.model.generation_config.repetition_penalty == 1.5
+    rollouts = HFEngine(actor, tokenizer).generate(PROMPTS, SAMPLING)
+    batch = SequenceBatch.from_rollouts(rollouts, pad_id=0)
+    with torch.no_grad():
+        ours = actor(batch.sequences, batch.attention_mask, temperature=0.8).log_probs
+    mask = batch.action_mask
+    torch.testing.assert_close(batch.rollout_log_probs[mask], ours[mask], atol=1e-5, rtol=1e-5)
+    assert actor.model.generation_config.repetition_penalty == 1.5
 
 
-def test_the_policy_may_be_given_as_a_function_and_health_asks_for_it(actor, tokenizer):
+def test_prompt_and_answer_together_stay_within_max_len(actor, engine, tokenizer):
+    free = engine.generate(PROMPTS, SAMPLING)
+    capped = HFEngine(actor, tokenizer, micro_batch_size=6, max_len=7).generate(PROMPTS, SAMPLING)
+    for whole, cut in zip(free, capped, strict=True):
+        room = min(6, 7 - len(cut.prompt.token_ids))
+        assert cut.response_ids == whole.response_ids[:room]
+        assert len(cut.log_probs) == cut.num_actions
+        assert cut.finish_reason == ("stop" if cut.response_ids[-1] == tokenizer.eos_token_id else "length")
+    assert max(len(rollout.token_ids) for rollout in capped) == 7
+
+
+def test_the_policy_may_be_given_as_a_function(actor, tokenizer):
     engine = HFEngine(lambda: actor, tokenizer, policy_version=7)
     engine.sleep()
     engine.wake_up()
-    engine.health()
     assert engine.generate(PROMPTS[:1], SAMPLING)[0].policy_version == 7
-    with pytest.raises(InfraError):
-        HFEngine(lambda: None, tokenizer).health()

@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from openrlhf.errors import DataError, NumericError
-from openrlhf.rollout.reward_source import RewardFunction, RewardResult, combine
+from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 
 QUERIES, PROMPTS, LABELS = ["q1", "q22", "q333"], ["p1", "p2", "p3"], ["1", "2", "3"]
 
@@ -150,11 +150,3 @@ def test_without_labels_the_function_gets_empty_strings(reward_file):
 def test_a_reward_function_travels_to_another_process(reward_file):
     path = reward_file("def reward_func(queries, prompts):", "    return [1] * len(queries)")
     assert pickle.loads(pickle.dumps(RewardFunction(path))).score(["a"], ["b"]).rewards == [1.0]
-
-
-def test_several_sources_add_up_and_keep_their_logs_apart():
-    first, second = (
-        RewardResult([1.0, 2.0], {"scores": [0.0, 1.0]}),
-        RewardResult([10.0, 20.0], {"scores": [1.0, 1.0]}),
-    )
-    assert combine([first, second]) == RewardResult([11.0, 22.0], {"scores": [0.0, 1.0], "scores_1": [1.0, 1.0]})

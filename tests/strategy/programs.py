@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,14 +11,16 @@ from torch import nn
 from openrlhf.config.groups import CheckpointConfig, DeepSpeedConfig, OptimConfig
 from openrlhf.errors import InfraError, NumericError, OpenRLHFError
 from openrlhf.strategy.checkpoint import CheckpointManager
-from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import TrainEngine
 
 BETAS = (0.9, 0.95)
 WIDTH, CLASSES, ROWS = 8, 5, 8
+OPTIMIZER = OptimConfig(learning_rate=1e-2, l2=0.1, adam_betas=BETAS, lr_scheduler="linear", lr_warmup_ratio=0.0)
 
 
 class TinyNet(nn.Module):
-    """Two layers and a norm; the output layer is tied to the input layer's shape but not to its weight."""
+    """An embedding, a norm, two linear layers and dropout: weights with and without decay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +43,7 @@ def tiny_net(bf16: bool = False) -> TinyNet:
 
 
 def rows(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (tokens, targets, mask), each (ROWS, 6), of an optimizer step; every row has another
-    number of targets.
-    """
+    """Return (tokens, targets, mask), each (ROWS, 6), of an optimizer step; rows have 1 to 6 targets."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
     targets = torch.randint(0, CLASSES, (ROWS, 6), generator=generator)
@@ -64,19 +65,16 @@ def strategy_of(**options) -> DeepSpeedStrategy:
     return strategy
 
 
-def engine_of(strategy: DeepSpeedStrategy, lr: float = 1e-2) -> TrainEngine:
-    config = OptimConfig(learning_rate=lr, l2=0.1, adam_betas=BETAS, lr_scheduler="linear", lr_warmup_ratio=0.0)
-    return strategy.prepare_train(tiny_net(strategy.bf16), config, 20)
+def engine_of(strategy: DeepSpeedStrategy) -> TrainEngine:
+    return strategy.prepare_train(tiny_net(strategy.bf16), OPTIMIZER, 20)
 
 
 def run_step(engine: TrainEngine, strategy: DeepSpeedStrategy, step: int, micro: int, poison: bool = False):
     """Do one optimizer step over this rank's rows, ``micro`` rows at a time."""
     tokens, targets, mask = rows(step)
-    weight = mask.sum()
-    for start in range(0, ROWS // strategy.world_size, micro):
-        mine = slice(
-            strategy.rank + start * strategy.world_size, (start + micro) * strategy.world_size, strategy.world_size
-        )
+    weight, world = mask.sum(), strategy.world_size
+    for start in range(0, ROWS // world, micro):
+        mine = slice(strategy.rank + start * world, (start + micro) * world, world)
         loss = loss_sum(engine, tokens[mine], targets[mine], mask[mine])
         engine.backward(loss * float("inf") if poison and strategy.rank == 0 and start == 0 else loss, weight)
     return engine.step()
@@ -119,15 +117,14 @@ def gradients(stages: list[int], micros: list[int]) -> list:
     return found
 
 
-def poisoned(stages: list[int], **options) -> list:
-    """Return (stage, raised, weights unchanged, weights finite after a good step) with a gradient not finite on rank
-    0.
-    """
+def poisoned(stages: list[int], first: bool = False, **options) -> list:
+    """Return (stage, raised, weights unchanged, trains on) with a gradient that is not finite on rank 0."""
     found = []
     for stage in stages:
         strategy = strategy_of(zero_stage=stage, max_norm=1.0, **options)
         engine = engine_of(strategy)
-        run_step(engine, strategy, 0, 2)
+        if not first:
+            run_step(engine, strategy, 0, 2)
         before, raised, lr = weights(engine), False, engine.lr
         try:
             run_step(engine, strategy, 1, 2, poison=True)
@@ -138,21 +135,21 @@ def poisoned(stages: list[int], **options) -> list:
         run_step(engine, strategy, 1, 2)
         moved = weights(engine)
         healthy = all(bool(tensor.isfinite().all()) for tensor in moved.values())
-        found.append(
-            (stage, raised, same, healthy and any(not torch.equal(moved[name], after[name]) for name in moved))
-        )
+        trains = any(not torch.equal(moved[name], after[name]) for name in moved)
+        found.append((stage, raised, same, healthy and trains))
     return found
+
+
+def resumed_on(stages: list[int], folder: str, **options) -> dict[int, bool]:
+    """Return for every stage whether a resumed run is bitwise the uninterrupted one."""
+    return {stage: all(resumed(stage, f"{folder}/{stage}", **options)) for stage in stages}
 
 
 def resumed(stage: int, folder: str, **options) -> list[bool]:
     """Return which weights are bitwise equal after two resumes and without any, dropout on."""
     strategy = strategy_of(zero_stage=stage, max_norm=0.5, **options)
-    manager = CheckpointManager(
-        CheckpointConfig(ckpt_path=folder, load_checkpoint=True),
-        strategy.comm,
-        layout=strategy.layout,
-        say=lambda line: None,
-    )
+    config = CheckpointConfig(ckpt_path=folder, load_checkpoint=True)
+    manager = CheckpointManager(config, strategy.comm, layout=strategy.layout, say=lambda line: None)
 
     def steps(engine: TrainEngine, first: int, last: int) -> TrainEngine:
         engine.train()
@@ -217,9 +214,12 @@ def slow_rank_zero(folder: str) -> str:
         durable(path, text)
 
     files.write_durably = slowly
-    manager.save(
-        1, {"actor": lambda path: (path.mkdir(exist_ok=True), (path / f"{strategy.rank}.txt").write_text("x"))}
-    )
+
+    def saver(path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        (path / f"{strategy.rank}.txt").write_text("x")
+
+    manager.save(1, {"actor": saver})
     return manager.latest().path.name
 
 
@@ -228,19 +228,20 @@ def different_disks(folder: str) -> str:
     strategy = strategy_of(zero_stage=0, collective_timeout=10)
     own = f"{folder}/{strategy.rank}"
     manager = CheckpointManager(CheckpointConfig(ckpt_path=own), strategy.comm, layout=strategy.layout)
+
+    def saver(path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "weights").write_text(str(strategy.rank))
+
     try:
-        manager.save(
-            1, {"actor": lambda path: (path.mkdir(parents=True), (path / "w").write_text(str(strategy.rank)))}
-        )
+        manager.save(1, {"actor": saver})
     except OpenRLHFError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
 
-def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict[str, float]:
-    """Load, train one step, export twice; return whether the load was sharded, the gradient norm, the
-    sum of weights.
-    """
+def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict:
+    """Read, train one step, export twice; return what was read, if it was sharded, the norm, the sum of weights."""
     from openrlhf.config.groups import ModelConfig
     from openrlhf.models.actor import Actor
     from openrlhf.models.loading import load_causal_lm, load_value_model
@@ -249,27 +250,31 @@ def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict[st
     from openrlhf.strategy.export import export_model
 
     strategy = strategy_of(zero_stage=stage)
-    options = {"gather": strategy.gather, "context": strategy.loading_context}
-    if value:
+
+    def load(train: bool):
+        options = {"gather": strategy.gather, "context": partial(strategy.loading_context, train=train)}
+        if not value:
+            return Actor(load_causal_lm(folder, ModelConfig(pretrain=folder), **options))
         head = {"value_head_prefix": "value_head", "pad_token_id": 0}
-        module = ValueModel(load_value_model(folder, ModelConfig(pretrain=folder), **head, **options))
-    else:
-        module = Actor(load_causal_lm(folder, ModelConfig(pretrain=folder), **options))
+        return ValueModel(load_value_model(folder, ModelConfig(pretrain=folder), **head, **options))
+
+    def read(model, rows: slice) -> torch.Tensor:
+        output = model(tokens[rows], mask[rows])
+        return output if value else output.log_probs
+
+    tokens = torch.arange(40).view(4, 10) * 7 % 300
+    mask = torch.arange(10) < torch.tensor([10, 4, 7, 9])[:, None]
+    with torch.no_grad():
+        seen = [read(strategy.prepare_eval(load(False), offload=offload), slice(None)) for offload in (False, True)]
+    module = load(True)
     sharded = any(getattr(param, "ds_id", None) is not None for param in module.parameters())
     config = OptimConfig(learning_rate=1e-3, lr_scheduler="constant", adam_betas=BETAS)
     engine = strategy.prepare_train(module, config, 10)
     engine.train()
-    tokens = torch.arange(40).view(4, 10) * 7 % 300
-    mask = torch.arange(10) < torch.tensor([10, 4, 7, 9])[:, None]
-    mine = slice(strategy.rank, None, strategy.world_size)
-    output = engine(tokens[mine], mask[mine])
-    output = output if value else output.log_probs
+    output = read(engine, slice(strategy.rank, None, strategy.world_size))
     engine.backward(output.square().sum(), 100)
     norm = engine.step().grad_norm
     export_model(engine, strategy, out, load_tokenizer(folder))
     export_model(engine, strategy, out, load_tokenizer(folder))
-    return {
-        "sharded": float(sharded),
-        "norm": norm,
-        "sum": float(sum(tensor.double().sum() for tensor in weights(engine).values())),
-    }
+    total = sum(tensor.double().sum().item() for tensor in weights(engine).values())
+    return {"read": [part.sum().item() for part in seen], "sharded": sharded, "norm": norm, "sum": total}

@@ -30,11 +30,8 @@ def run_ranks(target: str, world: int, *, timeout: float = 240, check: bool = Tr
     their result.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _start(target, rank, world, port, arguments, Path(folder))
-            for port in [_free_port()]
-            for rank in range(world)
-        ]
+        port = _free_port()
+        processes = [_start(target, rank, world, port, arguments, Path(folder)) for rank in range(world)]
         try:
             _wait(processes, timeout, stop_on_failure=check)
         finally:

@@ -86,6 +86,23 @@ def test_without_the_flag_earlier_checkpoints_are_moved_not_mixed_or_deleted(tmp
     assert len([name for name in names(tmp_path) if name.startswith("previous-")]) == 2
 
 
+def test_exports_without_a_checkpoint_are_not_mixed_with_those_of_a_new_run(tmp_path):
+    for step in (4, 8):
+        manager(tmp_path).export(step, lambda folder: folder.mkdir())
+    said = []
+    assert manager(tmp_path, said, load_checkpoint=True).start() is None
+    [previous] = tmp_path.iterdir()
+    assert names(previous) == ["global_step4_hf", "global_step8_hf"]
+    assert "fresh start" in said[0] and str(previous) in said[1]
+
+
+def test_what_a_kill_left_of_an_export_is_removed_at_the_next_start(tmp_path):
+    for name in ("global_step3.tmp", "global_step3_hf.tmp", "global_step3_hf.tmp.part"):
+        (tmp_path / name).mkdir()
+    manager(tmp_path, load_checkpoint=True).start()
+    assert names(tmp_path) == []
+
+
 def damages():
     def flip(path):
         data = bytearray(path.read_bytes())

@@ -48,6 +48,15 @@ def test_going_on_after_a_step_drops_later_lines_and_a_torn_one(tmp_path):
     assert lines(path)[-1]["x"] == 1.0
 
 
+def test_a_run_that_begins_again_holds_one_first_evaluation(tmp_path):
+    for _ in range(2):
+        logger = JsonlLogger(tmp_path / "metrics.jsonl")
+        logger.start(0)
+        logger.log("eval", 0, 1, {"reward": 1.0})
+        logger.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0]
+
+
 def test_a_journal_that_cannot_be_written_is_said_once_and_counted(tmp_path, caplog):
     logger = JsonlLogger(tmp_path / "missing folder" / "metrics.jsonl")
     with caplog.at_level(logging.WARNING, logger="openrlhf"):

@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from openrlhf.config.groups import BatchConfig, DeepSpeedConfig, ModelConfig, OptimConfig, PreferenceDataConfig
+from openrlhf.config.groups import (
+    BatchConfig,
+    CheckpointConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    OptimConfig,
+    PreferenceDataConfig,
+)
 from openrlhf.datasets.reward import PreferenceDataset
 from openrlhf.models.value_head import ValueModel, load_value_model
+from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.trainer.callbacks import Checkpointing
 from openrlhf.trainer.metrics import Mean
-from openrlhf.trainer.reward_model import RewardModelTrainer, reward_scale, saved_name
+from openrlhf.trainer.reward_model import RewardModelTrainer, reward_scale
 from tests.cli.supervised import pairs
 from tests.helpers import tiny_folder, tiny_tokenizer
 
@@ -87,13 +96,27 @@ def test_equal_rewards_have_a_scale_of_one():
     assert reward_scale(totals) == (2.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix", "expected"),
-    [
-        ("score.weight", "score", "score.weight"),
-        ("score.weight", "value_head", "value_head.weight"),
-        ("model.layers.0.scores", "value_head", "model.layers.0.scores"),
-    ],
-)
-def test_the_head_is_saved_under_its_prefix(name, prefix, expected):
-    assert saved_name(name, prefix) == expected
+@pytest.mark.parametrize("with_eval", [True, False])
+def test_a_run_resumed_after_its_last_step_measures_the_scale(strategy, folder, data, with_eval):
+    trainer = trainer_of(strategy, folder, data, eval_data=data if with_eval else ())
+    trainer.position.epoch = trainer.batch.max_epochs
+    trainer.fit()
+    rewards, _ = rewards_of(trainer, data)
+    assert trainer.engine.module.config.mean == pytest.approx(rewards.mean().item(), rel=1e-5)
+    assert trainer.engine.module.config.std == pytest.approx(rewards.std().item(), rel=1e-5)
+
+
+def test_an_export_beside_a_checkpoint_has_the_scale_of_its_own_weights(strategy, folder, data, tmp_path):
+    config = CheckpointConfig(ckpt_path=str(tmp_path), save_steps=1, save_hf_ckpt=True, disable_ds_ckpt=True)
+    scales = []
+
+    def export(path):
+        path.mkdir()
+        scales.append((trainer.engine.module.config.mean, rewards_of(trainer, data)[0].mean().item()))
+
+    manager = CheckpointManager(config, strategy.comm)
+    trainer = trainer_of(strategy, folder, data, data, callbacks=[Checkpointing(manager, config, export)])
+    trainer.fit()
+    assert len(scales) == 2
+    for stored, measured in scales:
+        assert stored == pytest.approx(measured, rel=1e-4)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from openrlhf.config.groups import CheckpointConfig, LoggingConfig, SFTConfig
+from openrlhf.config.groups import run_folder
 from openrlhf.trainer.console import Console
-from openrlhf.trainer.setup import memory_per_rank, run_path
+from openrlhf.trainer.setup import memory_per_rank
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
@@ -76,12 +76,7 @@ def test_the_saved_configuration_has_the_flags_and_not_the_key(tmp_path):
     [("ckpt", None, "ckpt_run"), ("ckpt/", None, "ckpt_run"), ("ckpt", "elsewhere", "elsewhere")],
 )
 def test_the_run_folder_stands_beside_the_model_unless_named(save_path, explicit, expected):
-    assert str(run_path(save_path, explicit)) == expected
-
-
-def test_the_run_folder_of_a_configuration_follows_its_flags():
-    config = SFTConfig(checkpoint=CheckpointConfig(save_path="a"), logging=LoggingConfig(run_path="b"))
-    assert str(run_path(config.checkpoint.save_path, config.logging.run_path)) == "b"
+    assert run_folder(save_path, explicit) == expected
 
 
 class Terminal(io.StringIO):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.errors import InfraError
+from openrlhf.strategy.checkpoint import CheckpointManager, rng_file
 from openrlhf.trainer.callbacks import Callback, due
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
@@ -48,7 +50,7 @@ class PPOCheckpointing(Callback):
         if self._config.save_hf_ckpt:
             self._manager.export(step, _calls(self._roles.policy, PolicyWorker.export))
         if not self._config.disable_ds_ckpt:
-            self._manager.save(step, self._each_role(PolicyWorker.save, CriticWorker.save), trainer.state_dict())
+            self._manager.save(step, self._savers(), trainer.state_dict())
 
     def _each_role(self, actor: Callable, critic: Callable) -> dict[str, Callable[[Path], None]]:
         """Return what saves or loads each role that learns, by the name of its folder."""
@@ -56,6 +58,23 @@ class PPOCheckpointing(Callback):
         if self._roles.critic:
             found["critic"] = _calls(self._roles.critic, critic)
         return found
+
+    def _savers(self) -> dict[str, Callable[[Path], None]]:
+        """Return what saves each role and then looks whether the files of all its ranks are here."""
+        sizes = {"actor": self._roles.policy.size, "critic": self._roles.critic.size if self._roles.critic else 0}
+        savers = self._each_role(PolicyWorker.save, CriticWorker.save)
+        return {name: partial(_save_and_look, saver, sizes[name]) for name, saver in savers.items()}
+
+
+def _save_and_look(saver: Callable[[Path], None], ranks: int, path: Path) -> None:
+    """Save a role to ``path``. Raises InfraError when a rank wrote to a disk that this process does not see."""
+    saver(path)
+    absent = [rank for rank in range(ranks) if not rng_file(path, rank).is_file()]
+    if absent:
+        raise InfraError(
+            f"ranks {', '.join(map(str, absent))} of the {path.name} wrote their part of {path} elsewhere: "
+            "put --ckpt_path on a disk that all nodes share"
+        )
 
 
 def _calls(group: WorkerGroup, method: Callable) -> Callable[[Path], None]:

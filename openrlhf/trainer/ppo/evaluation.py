@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.trainer.loggers import rewind
 from openrlhf.trainer.ppo.experience import ExperienceMaker
 
 SHOWN = 16
@@ -31,12 +31,7 @@ class SampleLog:
 
     def start(self, step: int) -> None:
         """Begin anew at step 0; else keep what was written up to ``step``, not what was interrupted after it."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if step else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
-        os.replace(temporary, self.path)
+        rewind(self.path, step)
 
     def write(
         self,
@@ -66,13 +61,6 @@ class SampleLog:
                     "true_score": true_scores[index] if true_scores is not None else None,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
 
 
 def pair_accuracy(scores: Sequence[float], true_scores: Sequence[float]) -> float | None:

@@ -17,7 +17,7 @@ from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.trainer.ppo.assembly import add_statistics, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
-from openrlhf.trainer.ppo.groups import WorkerGroup
+from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 SYNC_TOLERANCE = {True: 0.1, False: 1e-3}
@@ -26,12 +26,16 @@ SYNC_TOLERANCE = {True: 0.1, False: 1e-3}
 
 @dataclass(frozen=True)
 class Roles:
-    """The groups of workers of a run; a role that the run does not need is None."""
+    """The groups of workers of a run; a role that the run does not need is None.
+
+    ``shared``: the policy and the critic live on the same devices, so they learn one after the other.
+    """
 
     policy: WorkerGroup
     critic: WorkerGroup | None = None
     reference: WorkerGroup | None = None
     rewards: Sequence[WorkerGroup] = ()
+    shared: bool = False
 
     @property
     def shards(self) -> int:
@@ -76,12 +80,6 @@ def needs_reference(config: PPOConfig) -> bool:
     return config.algorithm.init_kl_coef > 0 or config.algorithm.kl_target is not None
 
 
-def deal(items: Sequence[Any], parts: int) -> list[list[Any]]:
-    """Return ``items`` cut into ``parts`` contiguous lists whose lengths differ by one at most."""
-    bounds = [len(items) * part // parts for part in range(parts + 1)]
-    return [list(items[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
     """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
     dealt = deal(rollouts, parts)
@@ -111,9 +109,6 @@ class PolicyEngine:
 
     def wake_up(self) -> None:
         """Do nothing, as :meth:`sleep`."""
-
-    def health(self) -> None:
-        """Do nothing: a worker that died is found by the next call."""
 
 
 class ExperienceMaker:

@@ -48,3 +48,9 @@ class LocalGroup:
     def get(self, futures: Sequence[Any]) -> list[Any]:
         """Return the values, which are there already."""
         return list(futures)
+
+
+def deal(items: Sequence[Any], parts: int) -> list[list[Any]]:
+    """Return ``items`` cut into ``parts`` contiguous lists whose lengths differ by one at most."""
+    bounds = [len(items) * part // parts for part in range(parts + 1)]
+    return [list(items[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]

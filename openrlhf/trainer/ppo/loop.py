@@ -31,15 +31,6 @@ def steps_per_episode(config: PPOConfig, prompts: int) -> int:
     return math.ceil(prompts / config.rollout.rollout_batch_size)
 
 
-def optimizer_steps(config: PPOConfig, prompts: int) -> int:
-    """Return the optimizer steps of a run, which are the length of the learning-rate schedule."""
-    rollout, batch = config.rollout, config.batch
-    full, rest = divmod(prompts, rollout.rollout_batch_size)
-    sizes = [rollout.rollout_batch_size] * full + [rest] * bool(rest)
-    steps = sum(math.ceil(size * rollout.n_samples_per_prompt / batch.train_batch_size) for size in sizes)
-    return rollout.num_episodes * steps * batch.max_epochs
-
-
 class PPOLoop:
     """Trains a policy on its own samples.
 
@@ -133,10 +124,12 @@ class PPOLoop:
             yield [self.prompts[row] for row in order[step * size : (step + 1) * size]]
 
     def update(self, experiences: Experiences) -> dict[str, float]:
-        """Train the policy and the critic at once and return their metrics over all ranks."""
+        """Train the policy and the critic, at once unless they share devices; return their metrics over all ranks."""
         step, pending = self.global_step + 1, []
         if self.roles.critic:
             futures = self.roles.critic.run(CriticWorker.update, experiences.shards, rollout=step)
+            if self.roles.shared:
+                self.roles.critic.get(futures)
             pending.append(("critic", self.roles.critic, futures))
         if step > self.config.algorithm.freezing_actor_steps:
             futures = self.roles.policy.run(

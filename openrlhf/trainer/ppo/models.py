@@ -20,8 +20,6 @@ def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = 
     model = load_causal_lm(
         config.model.pretrain,
         config.model if train else replace(config.model, gradient_checkpointing=False),
-        config.attention,
-        gather=strategy.gather,
         context=partial(strategy.loading_context, train=train),
     )
     return Actor(model, packing_samples=config.attention.packing_samples)
@@ -34,7 +32,6 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
     model = load_value_model(
         source,
         config.model,
-        config.attention,
         gather=partial(strategy.gather, modifier_rank=0),
         context=strategy.loading_context,
         init_value_head=True if source == named.pretrain else None,
@@ -60,7 +57,6 @@ def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str,
     model = load_value_model(
         path,
         replace(config.model, gradient_checkpointing=False),
-        config.attention,
         gather=strategy.gather,
         context=partial(strategy.loading_context, train=False),
         init_value_head=False,

@@ -18,7 +18,7 @@ from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
-from openrlhf.trainer.ppo.loop import PPOLoop, optimizer_steps
+from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 from openrlhf.trainer.report import write_report
 from openrlhf.trainer.setup import Run, memory_per_rank
@@ -57,7 +57,7 @@ class Inputs:
     @property
     def optimizer_steps(self) -> int:
         """The length of the learning-rate schedule."""
-        return optimizer_steps(self.config, len(self.prompts))
+        return self.config.optimizer_steps(len(self.prompts))
 
     def _load(self, spec: str, probs: str | None, split: str, flag: str) -> PromptDataset:
         data, reward = self.config.prompts, self.config.reward

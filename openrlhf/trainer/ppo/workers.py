@@ -222,12 +222,17 @@ class PolicyWorker(TrainedWorker):
         self, prompts: list[list[Prompt]], *, sampling: SamplingParams, version: int = 0
     ) -> list[list[Rollout]]:
         """Sample answers with the policy itself: one list of rollouts for each list of prompts."""
-        engine = HFEngine(self.actor, self.tokenizer, self.config.rollout.micro_rollout_batch_size)
-        engine.policy_version = version
+        rollout = self.config.rollout
+        engine = HFEngine(
+            self.actor, self.tokenizer, rollout.micro_rollout_batch_size, version, max_len=rollout.max_model_len
+        )
         return [engine.generate(part, sampling) if part else [] for part in prompts]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``."""
+        """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.
+
+        All ranks must exhaust it; only rank 0 gets any.
+        """
         bucket, size = [], 0
         for name, tensor in self._weights():
             bucket.append((name, tensor))
@@ -239,7 +244,7 @@ class PolicyWorker(TrainedWorker):
             yield bucket
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.engine.named_weights(root=self.actor.model)
+        return self.engine.named_weights(root=self.actor.model, wanted=self.comm.rank == 0)
 
     def save(self, *, path: str) -> None:
         """Write the training state and the moving average; all ranks call it."""

@@ -18,7 +18,7 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles, needs_reference
 from openrlhf.trainer.ppo.groups import LocalGroup
-from openrlhf.trainer.ppo.loop import PPOLoop, optimizer_steps
+from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from tests.helpers import tiny_folder, tiny_tokenizer
 
@@ -109,7 +109,7 @@ class Recorder(Callback):
 def local_roles(config: PPOConfig, prompts: int) -> Roles:
     """Return the roles that the run needs, one worker each in this process."""
     strategy = solo_strategy(config)
-    steps = optimizer_steps(config, prompts)
+    steps = config.optimizer_steps(prompts)
     critic = CriticWorker(config, strategy, max_steps=steps) if config.algorithm.estimator.needs_critic else None
     return Roles(
         policy=LocalGroup(PolicyWorker(config, strategy, max_steps=steps)),

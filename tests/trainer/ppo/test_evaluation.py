@@ -1,8 +1,10 @@
 """How well the reward agrees with the true score."""
 
+import json
+
 import pytest
 
-from openrlhf.trainer.ppo.evaluation import pair_accuracy
+from openrlhf.trainer.ppo.evaluation import SampleLog, pair_accuracy
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,14 @@ from openrlhf.trainer.ppo.evaluation import pair_accuracy
 )
 def test_pair_accuracy_counts_the_pairs_in_the_right_order(scores, true_scores, expected):
     assert pair_accuracy(scores, true_scores) == expected
+
+
+@pytest.mark.parametrize(("resumed_at", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2])])
+def test_the_samples_of_an_interrupted_run_do_not_come_twice(tmp_path, resumed_at, kept):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(3)) + '{"step": 1, "wh')
+    SampleLog(path, None).start(resumed_at)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == kept
 
 
 def test_pair_accuracy_says_nothing_when_all_answers_are_alike():

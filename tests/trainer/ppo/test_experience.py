@@ -10,8 +10,8 @@ import torch
 from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
 from openrlhf.errors import InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
-from openrlhf.trainer.ppo.experience import deal, shard
-from openrlhf.trainer.ppo.groups import LocalGroup
+from openrlhf.trainer.ppo.experience import shard
+from openrlhf.trainer.ppo.groups import LocalGroup, deal
 from tests.trainer.ppo.harness import (
     local_loop,
     reward_file,

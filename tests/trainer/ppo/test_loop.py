@@ -12,8 +12,10 @@ import torch
 from openrlhf.config.groups import CheckpointConfig, LoggingConfig
 from openrlhf.config.ppo import EvalConfig, PPOModelConfig, PPOOptimConfig, RewardConfig
 from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.rollout.types import SamplingParams
 from openrlhf.trainer.ppo.experience import build_kl_controller
-from openrlhf.trainer.ppo.loop import optimizer_steps, steps_per_episode
+from openrlhf.trainer.ppo.groups import LocalGroup
+from openrlhf.trainer.ppo.loop import steps_per_episode
 from tests.trainer.ppo.harness import (
     local_loop,
     policy_weights,
@@ -181,8 +183,8 @@ def test_every_prompt_comes_once_an_episode_and_a_short_step_is_kept(tmp_path):
     assert episodes[0] != episodes[1]
     assert steps_per_episode(config, 16) == 3
     # 2 episodes x (6 + 6 + 4 answers in steps of at most 8).
-    assert optimizer_steps(config, 16) == 2 * 3
-    assert optimizer_steps(with_batch(config, train_batch_size=4, max_epochs=3), 16) == 2 * (2 + 2 + 1) * 3
+    assert config.optimizer_steps(16) == 2 * 3
+    assert with_batch(config, train_batch_size=4, max_epochs=3).optimizer_steps(16) == 2 * (2 + 2 + 1) * 3
 
 
 def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
@@ -214,3 +216,35 @@ def test_evaluation_may_come_more_often(tmp_path):
 def test_no_prompts_are_an_error(tmp_path):
     with pytest.raises(DataError, match="no prompts"):
         local_loop(tiny_ppo_config(tmp_path), prompts=0)
+
+
+class Waited(LocalGroup):
+    """A group that writes down when its workers are called and when they are waited for."""
+
+    def __init__(self, worker, name, journal):
+        super().__init__(worker)
+        self.name, self.journal = name, journal
+
+    def run(self, method, *columns, **common):
+        self.journal.append(f"{self.name} {method.__name__}")
+        return super().run(method, *columns, **common)
+
+    def get(self, futures):
+        self.journal.append(f"{self.name} awaited")
+        return super().get(futures)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_actor_and_critic_learn_one_after_the_other_where_they_share_devices(tmp_path, shared):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"), prompts=8)
+    experiences = loop.maker.make(loop.engine.generate(loop.prompts, SamplingParams(max_new_tokens=4)))
+    journal, roles = [], loop.roles
+    loop.roles = replace(
+        roles,
+        policy=Waited(roles.policy.worker, "actor", journal),
+        critic=Waited(roles.critic.worker, "critic", journal),
+        shared=shared,
+    )
+    loop.update(experiences)
+    second = "critic awaited" if shared else "actor update"
+    assert journal[:2] == ["critic update", second]

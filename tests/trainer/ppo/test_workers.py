@@ -153,6 +153,7 @@ def test_the_moving_average_follows_each_step_and_is_what_is_exported(tmp_path):
     torch.testing.assert_close(saved[name], 0.992 * start[name] + 0.008 * end[name])
     for name, weight in policy.engine.named_weights(root=policy.actor.model):
         assert torch.equal(weight, end[name])
+    assert list(policy.engine.named_weights(wanted=False)) == []
 
 
 def test_saved_training_goes_on_bit_for_bit(tmp_path):

@@ -1,0 +1,171 @@
+"""A module in training under DeepSpeed.
+
+The engine accumulates gradients over as many micro-batches as the caller likes, normalised by the weight of the whole
+optimizer step, and refuses a step whose gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from openrlhf.errors import DataError, NumericError
+from openrlhf.strategy.comm import waiting
+
+if TYPE_CHECKING:
+    from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did: the gradient norm before clipping, and the learning rate it used."""
+
+    grad_norm: float
+    lr: float
+
+
+class TrainEngine:
+    """A module in training: forward through the call, `backward` per micro-batch, `step` per optimizer step.
+
+    Every method but `train` and `eval` must be called by all ranks, equally often.
+    """
+
+    def __init__(self, engine: Any, strategy: DeepSpeedStrategy, optimizer: torch.optim.Optimizer, schedule: Any):
+        self.engine = engine
+        self.strategy = strategy
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._own_norm = math.nan
+        self._wrapped = engine.optimizer is not optimizer
+        if not self._wrapped:
+            optimizer.register_step_pre_hook(self._clip_or_skip)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was given to `DeepSpeedStrategy.prepare_train`."""
+        return self.engine.module
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's forward."""
+        return self.engine(*args, **kwargs)
+
+    def train(self) -> TrainEngine:
+        """Switch to training mode (dropout on)."""
+        self.engine.train()
+        return self
+
+    def eval(self) -> TrainEngine:
+        """Switch to evaluation mode (dropout off)."""
+        self.engine.eval()
+        return self
+
+    def backward(self, loss_sum: torch.Tensor, weight: float | torch.Tensor) -> None:
+        """Add the gradient of ``loss_sum / weight`` to the step.
+
+        ``loss_sum`` is the sum over this rank's micro-batch, ``weight`` the loss weights (tokens, pairs) of the whole
+        optimizer step over all ranks; so the gradient does not depend on how the step was cut.
+        """
+        with self._waiting("backward"):
+            self.engine.backward(loss_sum * (self.strategy.world_size / float(weight)), scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Clip, update the weights and advance the schedule.
+
+        Raises ``NumericError`` on all ranks, with the weights unchanged and the gradient dropped, if it is not finite.
+        """
+        lr = self.lr
+        with self._waiting("the optimizer step"):
+            self.engine.step()
+        norm = self._norm()
+        if not math.isfinite(norm):
+            raise NumericError(
+                f"the gradient is not finite (norm {norm}) at optimizer step {self._schedule.last_epoch + 1}; the "
+                "weights were not changed. Lower the learning rate, or look at the data of this step"
+            )
+        self._schedule.step()
+        return StepResult(norm, lr)
+
+    def named_weights(
+        self, dtype: torch.dtype | None = None, root: nn.Module | None = None, wanted: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``(name, whole tensor on the CPU)`` of every weight and saved buffer; see `named_weights`."""
+        return named_weights(root or self.module, self.strategy, dtype, wanted)
+
+    def save(self, directory: str | Path) -> None:
+        """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format."""
+        directory = Path(directory)
+        state = {"schedule": self._schedule.state_dict()}
+        with self._waiting(f"saving {directory}"):
+            self.engine.save_checkpoint(
+                str(directory.parent), tag=directory.name, client_state=state, save_latest=False
+            )
+
+    def load(self, directory: str | Path) -> None:
+        """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.
+
+        The files are unpickled by DeepSpeed: check their hashes first, as `CheckpointManager` does.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise DataError(f"{directory}: no such checkpoint folder")
+        with self._waiting(f"loading {directory}"):
+            path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        if path is None:
+            raise DataError(f"{directory} holds no DeepSpeed checkpoint")
+        self._schedule.load_state_dict(state["schedule"])
+        if hasattr(self.engine.optimizer, "clip_grad"):
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+
+    def _waiting(self, what: str) -> AbstractContextManager:
+        return waiting(what, self.strategy.config.collective_timeout)
+
+    def _norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping; infinite if the step was refused."""
+        if not self._wrapped:
+            return self._own_norm
+        if getattr(self.engine.optimizer, "overflow", False):
+            return math.inf
+        return float(self.engine.get_global_grad_norm())
+
+    def _clip_or_skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Do what DeepSpeed's wrapped optimizers do: without gradients the optimizer leaves every weight alone."""
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        norm = nn.utils.get_total_norm([param.grad for param in params])
+        self._own_norm = float(norm)
+        if not math.isfinite(self._own_norm):
+            for param in params:
+                param.grad = None
+        elif self.strategy.max_norm > 0:
+            nn.utils.clip_grads_with_norm_(params, self.strategy.max_norm, norm)
+
+
+def named_weights(
+    root: nn.Module, strategy: DeepSpeedStrategy, dtype: torch.dtype | None = None, wanted: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``(name, whole tensor on the CPU)`` for every entry of ``root``'s state dict, gathered one at a time.
+
+    Names are relative to ``root``. A weight that is tied to an earlier one is left out. Floating tensors become
+    ``dtype`` (None: as they are). All ranks must exhaust the iterator; one where ``wanted`` is false helps to gather,
+    copies nothing and gets no entry.
+    """
+    seen: set[int] = set()
+    for name, tensor in root.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        copy = None
+        with strategy.gather([tensor]):
+            if wanted:
+                copy = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+        if copy is not None:
+            yield name, copy

@@ -1,0 +1,53 @@
+"""A real PPO run with a vLLM engine: what the check of log-probs says when the engine serves something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from openrlhf.config.ppo import PPOOptimConfig
+from openrlhf.errors import InfraError
+from openrlhf.rollout.vllm_engine import VLLMEngine
+from openrlhf.trainer.ppo.groups import LocalGroup
+from openrlhf.trainer.ppo.loop import PPOLoop
+from tests.helpers import tiny_folder
+from tests.trainer.ppo.harness import Recorder, local_loop, tiny_ppo_config, with_rollout
+
+
+class WeightsInProcess:
+    """A weight sync from a policy to an engine of the same process."""
+
+    def __init__(self, policy: LocalGroup, engine: VLLMEngine):
+        self.policy = policy
+        self.engine = engine
+
+    def push(self, version: int) -> None:
+        """Serve the policy's present weights."""
+        buckets = self.policy.worker.weight_buckets(2**20)
+        self.engine.update_weights((pair for bucket in buckets for pair in bucket), version)
+
+
+def loop_with(engine: VLLMEngine, config) -> tuple[PPOLoop, Recorder]:
+    """Return a loop whose samples come from ``engine``."""
+    loop, recorder = local_loop(config, prompts=8)
+    loop.engine, loop.weight_sync = engine, WeightsInProcess(loop.roles.policy, engine)
+    return loop, recorder
+
+
+@pytest.mark.timeout(300)
+def test_a_run_stops_when_the_engine_keeps_its_old_head_and_goes_through_when_it_does_not(tmp_path):
+    folder = tiny_folder(tmp_path / "policy", tied=True, hidden=64)
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=3, rollout_batch_size=8, generate_max_len=6)
+    config = replace(config, optim=PPOOptimConfig(actor_learning_rate=2e-2, lr_warmup_ratio=0.0))
+    engine = VLLMEngine(folder, dtype="float32", max_model_len=64, enforce_eager=True, repack_tied_head=False)
+    loop, recorder = loop_with(engine, config)
+    with pytest.raises(InfraError, match="tied"):
+        loop.fit()
+    assert len(recorder.steps) == 1, "the first weights are those of the folder"
+
+    engine.repack_tied_head = True
+    loop, recorder = loop_with(engine, config)
+    loop.fit()
+    assert len(recorder.steps) == 3
+    assert max(step["sync_gap_max"] for step in recorder.steps) < 1e-5
