@@ -81,6 +81,7 @@ def train_values(folder: str, stage: int) -> dict:
     return {"losses": losses, "norms": norms, "dtype": engine(TOKENS[mine], MASK[mine]).dtype}
 
 
+@pytest.mark.full
 def test_the_float32_head_of_two_sharded_ranks_learns_as_that_of_one_process(tmp_path):
     tiny_causal_lm(tmp_path, "qwen2")
     first, second = run_ranks("tests.models.test_sharded:train_values", 2, folder=str(tmp_path), stage=3)
