@@ -252,11 +252,11 @@ def sharded_model(folder: str, out: str, value: bool, stage: int = 3) -> dict:
     strategy = strategy_of(zero_stage=stage)
 
     def load(train: bool):
-        options = {"gather": strategy.gather, "context": partial(strategy.loading_context, train=train)}
+        context = partial(strategy.loading_context, train=train)
         if not value:
-            return Actor(load_causal_lm(folder, ModelConfig(pretrain=folder), **options))
-        head = {"value_head_prefix": "value_head", "pad_token_id": 0}
-        return ValueModel(load_value_model(folder, ModelConfig(pretrain=folder), **head, **options))
+            return Actor(load_causal_lm(folder, ModelConfig(pretrain=folder), context=context))
+        head = {"value_head_prefix": "value_head", "pad_token_id": 0, "gather": strategy.gather}
+        return ValueModel(load_value_model(folder, ModelConfig(pretrain=folder), context=context, **head))
 
     def read(model, rows: slice) -> torch.Tensor:
         output = model(tokens[rows], mask[rows])
