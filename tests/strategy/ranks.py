@@ -96,6 +96,9 @@ def main() -> None:
     module, name = target.split(":")
     result = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     Path(output).write_bytes(pickle.dumps(result))
+    sys.stdout.flush()
+    # Threads of gloo may still listen to a rank that is gone; they would abort an ordinary exit.
+    os._exit(0)
 
 
 if __name__ == "__main__":
