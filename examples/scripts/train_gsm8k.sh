@@ -3,11 +3,10 @@
 #   bash examples/scripts/train_gsm8k.sh MODEL_DIR DATA_DIR OUT_DIR
 # DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (question, answer) and gsm8k_preference_train.jsonl and
 # gsm8k_preference_test.jsonl (prompt, chosen, rejected). SEED=n sets the seed; STAGES="sft rm ppo" picks stages.
-# About an hour on two cores with a model of 25M parameters.
 set -euo pipefail
 
 [ $# = 3 ] || {
-  sed -n '2,6s/^# //p' "$0" >&2
+  sed -n '2,5s/^# //p' "$0" >&2
   exit 2
 }
 model=$1 data=$2 out=$3
