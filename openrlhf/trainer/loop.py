@@ -18,9 +18,10 @@ from torch import Tensor
 
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.sampler import StepSampler
-from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.errors import DataError, UsageError
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
 
 
@@ -81,6 +82,8 @@ class Trainer:
         self.callbacks = Callbacks(callbacks)
         self.window = MeanWindow(self.window_names)
         self.position = Position()
+        noun = "training rows {} (counted from 0, after filtering)"
+        self.guard = StepGuard(engine, self.comm, batch.max_skipped_steps, noun)
 
     def weight(self, batch) -> Tensor:
         """Return what the loss of ``batch`` is divided by, e.g. its loss tokens or pairs, as a scalar tensor."""
@@ -162,7 +165,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's position and what it must agree with, for JSON."""
-        return {"position": asdict(self.position), "window": self.window.state_dict(), "data": self._data_facts()}
+        return {
+            "position": asdict(self.position),
+            "window": self.window.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
+            "data": self._data_facts(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved position; raise UsageError when it counts steps of other data or batches."""
@@ -177,6 +185,7 @@ class Trainer:
             raise UsageError(problems)
         self.position = Position(**state["position"])
         self.window.load_state_dict(state["window"])
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, int]:
         """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
@@ -207,23 +216,35 @@ class Trainer:
         batches = [self._collate(self.train_data, micro) for micro in rows]
         self.prepare(batches)
         weight, micro_batches = self._step_weight(rows, batches)
+        aux_weight = weight / micro_batches
         sums, losses = MetricSums(), []
         for micro, batch in zip(rows, batches, strict=True):
-            output = self.compute_loss(batch)
-            loss = output.loss_sum + output.aux_loss * (weight / micro_batches)
-            # A rank without rows works on a dummy row, so that all ranks run the same collectives.
-            self.engine.backward(loss if micro else loss * 0.0, weight)
+            loss, metrics = self._loss(bool(micro), batch, aux_weight)
+            self.engine.backward(loss, weight)
             losses.append(loss.detach())
             tokens = batch.attention_mask.sum()
-            sums.add({**output.metrics, "loss and tokens": (loss, tokens)}, counted=bool(micro))
-        totals = sums.reduce(self.comm)
-        loss_sum, tokens = totals.pop("loss and tokens")
-        self._check_finite(loss_sum, rows, losses)
-        result = self.engine.step()
+            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=bool(micro))
+        again = [
+            lambda micro=micro, batch=batch: self._loss(bool(micro), batch, aux_weight)[0]
+            for micro, batch in zip(rows, batches, strict=True)
+        ]
+        result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()
-        speed = tokens / (time.perf_counter() - began)
+        totals = sums.reduce(self.comm)
+        speed = totals.pop("tokens").total / (time.perf_counter() - began)
+        if result is None:
+            return {"skipped_steps": 1.0, "lr": self.engine.lr, "tokens_per_second": speed}
         step = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": speed}
         return {**self.train_values(totals), **self.window.add(totals), **step}
+
+    def _loss(self, counts: bool, batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
+        """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics.
+
+        One that does not count is a dummy of a rank without rows, so that all ranks run the same collectives.
+        """
+        output = self.compute_loss(batch)
+        loss = output.loss_sum + output.aux_loss * aux_weight
+        return loss if counts else loss * 0.0, output.metrics
 
     def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
         """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""
@@ -235,18 +256,6 @@ class Trainer:
         if weight == 0:
             raise DataError(f"step {self.global_step + 1}: none of its rows has anything to learn from")
         return weight, micro_batches
-
-    def _check_finite(self, loss_sum: float, rows: list[list[int]], losses: list[Tensor]) -> None:
-        """Raise on all ranks, before the weights change, when a loss of the step is not finite."""
-        if math.isfinite(loss_sum):
-            return
-        here = [row for micro, loss in zip(rows, losses, strict=True) if not torch.isfinite(loss) for row in micro]
-        bad = sorted(row for found in self.comm.all_gather_object(here) for row in found)
-        raise NumericError(
-            f"step {self.global_step + 1}: the loss is {loss_sum} in the micro-batches of training rows {bad} "
-            "(counted from 0, after filtering); the weights were not changed. A lower --learning_rate, or a look at "
-            "these rows, is the usual way on"
-        )
 
     def _advance(self) -> None:
         here = self.position

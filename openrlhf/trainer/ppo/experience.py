@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import InfraError, NumericError
+from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
-from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
-from openrlhf.trainer.ppo.assembly import add_statistics, whitening
+from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
+from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 SYNC_TOLERANCE = {True: 0.1, False: 1e-3}
 """Largest mean gap of engine and trainer log-probs, in bf16 and in fp32."""
+CHECKED = ("log_probs", "kl", "advantages", "returns")
+"""What of an experience must be finite: both its name and that of its sum."""
+SHOWN_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,21 @@ def needs_reference(config: PPOConfig) -> bool:
 
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
     """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
-    dealt = deal(rollouts, parts)
-    return [SequenceBatch.from_rollouts(part, pad_id) if part else blank_sequences().select([]) for part in dealt]
+    batches, first = [], 0
+    for part in deal(rollouts, parts):
+        batches.append(SequenceBatch.from_rollouts(part, pad_id, first) if part else blank_sequences().select([]))
+        first += len(part)
+    return batches
+
+
+def name_prompts(rollouts: Sequence[Rollout], samples: Iterable[int]) -> str:
+    """Return the uids of the prompts of the given samples and the beginning of the first, for a message."""
+    prompts = {rollouts[sample].prompt.uid: rollouts[sample].prompt for sample in samples}
+    if not prompts:
+        return "no prompt"
+    more = f" and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
+    uids = ", ".join(list(prompts)[:SHOWN_PROMPTS])
+    return f"prompt{'s' * (len(prompts) > 1)} {uids}{more} ({next(iter(prompts.values())).text[:80]!r})"
 
 
 class PolicyEngine:
@@ -143,7 +159,8 @@ class ExperienceMaker:
 
         Raises:
             InfraError: the engine and the policy disagree about the log-probs of the samples.
-            NumericError: a reward, a KL or an advantage is not finite.
+            NumericError: a reward, a log-prob, a KL or an advantage is not finite.
+            DataError: no answer has a token to learn from.
         """
         roles, parts = self.roles, self.roles.shards
         shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
@@ -161,7 +178,7 @@ class ExperienceMaker:
             kl_coef=self.kl_controller.value,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
-        self._check(statistics)
+        self._check(statistics, rollouts, experiences)
         return self._finish(rollouts, experiences, statistics, scores, shaped, from_function, true)
 
     def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
@@ -193,16 +210,17 @@ class ExperienceMaker:
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None
     ) -> Tensor:
-        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names a prompt without a number."""
+        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
         columns = [torch.cat(group.get(futures)).double() for group, futures in models]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
         scores = torch.stack(columns).sum(dim=0)
-        for rollout, finite in zip(rollouts, torch.isfinite(scores).tolist(), strict=True):
-            if not finite:
-                start = rollout.prompt.text[:80]
-                raise NumericError(f"the reward of an answer to prompt {rollout.prompt.uid} is not finite: {start!r}")
-        return scores.float()
+        scores = scores.float()
+        wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+        if wrong:
+            who = name_prompts(rollouts, wrong)
+            raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
+        return scores
 
     def _shape(self, scores: Tensor) -> Tensor:
         """Return the scores ``(N,)`` after the clip and the group baseline, in that order.
@@ -212,15 +230,33 @@ class ExperienceMaker:
         clipped = scores.clamp(*self.config.reward.reward_clip_range)
         return self._baseline(clipped, self.config.rollout.n_samples_per_prompt)
 
-    def _check(self, statistics: dict[str, float]) -> None:
-        """Raise when the engine and the policy disagree, or when a sum is not finite."""
-        count = max(1.0, statistics["actions"])
+    def _check(self, statistics: dict[str, float], rollouts: list[Rollout], experiences: list[Any]) -> None:
+        """Raise when there is nothing to learn, a sum is not finite, or the engine and the policy disagree."""
+        count = statistics["actions"]
+        if not count:
+            raise DataError(
+                f"no answer of this rollout has a token; it asked {name_prompts(rollouts, range(len(rollouts)))}"
+            )
+        if not math.isfinite(sum(statistics[name] for name in CHECKED)):
+            raise self._not_finite(rollouts, self.roles.policy.get(experiences))
         gap, tolerance = statistics["sync_gap"] / count, self._sync_tolerance()
         if not gap <= tolerance:
             raise InfraError(self._explain_gap(gap, statistics["sync_gap_max"], tolerance))
-        wrong = [name for name in ("kl", "advantages", "squared_advantages") if not math.isfinite(statistics[name])]
-        if wrong:
-            raise NumericError(f"{' and '.join(wrong)} of the rollout are not finite; the weights were not changed")
+
+    def _not_finite(self, rollouts: list[Rollout], experiences: list[Experience]) -> NumericError:
+        """Return the error that says what of an experience is not finite, in which samples."""
+        wrong: dict[str, list[int]] = {}
+        for part in experiences:
+            for name in CHECKED:
+                spoilt = (part.action_mask & ~getattr(part, name).isfinite()).any(dim=1)
+                wrong.setdefault(name, []).extend(part.sample[spoilt].tolist())
+        samples = sorted(set().union(*wrong.values()))
+        what = " and ".join(name for name, found in wrong.items() if found)
+        who = name_prompts(rollouts, samples)
+        return NumericError(
+            f"{what} of {len(samples)} answers are not finite; they answer {who}; the weights were not changed",
+            samples,
+        )
 
     def _sync_tolerance(self) -> float:
         """Return the largest mean gap; an engine that reports log-probs of the nucleus may be off by -log(top_p)."""
@@ -271,8 +307,19 @@ class ExperienceMaker:
             rollouts=rollouts,
             scores=scores.tolist(),
             true_scores=true.rewards if true else None,
-            metrics={**extra, **metrics, **true_score},
+            metrics={**extra, **metrics, **self._of_estimator(statistics, scores), **true_score},
         )
+
+    def _of_estimator(self, statistics: dict[str, float], scores: Tensor) -> dict[str, float]:
+        """Return how much the estimator has to work with: groups without a difference, the critic's accuracy."""
+        estimator, found = self.config.algorithm.estimator, {}
+        if estimator.needs_group:
+            groups = scores.clamp(*self.config.reward.reward_clip_range)
+            groups = groups.view(-1, self.config.rollout.n_samples_per_prompt)
+            found["zero_variance_groups"] = float((groups.amax(dim=1) == groups.amin(dim=1)).double().mean())
+        if estimator.needs_critic:
+            found["explained_variance"] = explained_variance(statistics)
+        return found
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:
