@@ -9,6 +9,7 @@ micro-batches. Seven rows leave a rank without rows in its last micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -135,6 +136,7 @@ def value_formula(folder: str) -> tuple[nn.Module, Tensor]:
     return model, loss[sample.action_mask].mean()
 
 
+@cache
 def experience(folder: str) -> Experience:
     """Return samples whose old log-probs and values are off by about the clip ranges, so that some are clipped."""
     tokens, real, actions = sequences(4)

@@ -143,13 +143,14 @@ def poisoned_update(
 
 
 def mark(good: Experience, sample: int, how: str) -> Experience:
-    """Return the experience with the mark in one sample; some poisons are in its numbers."""
-    good.sequences[sample, 0] = MARK
+    """Return a copy of the experience with the mark in one sample; some poisons are in its numbers."""
+    bad = good.select(range(len(good)))
+    bad.sequences[sample, 0] = MARK
     if how == "inf advantage":
-        good.advantages[sample] = float("inf")
+        bad.advantages[sample] = float("inf")
     elif how == "return overflow":
-        good.returns[sample] = 1e30
-    return good
+        bad.returns[sample] = 1e30
+    return bad
 
 
 def message_of(action: Callable[[], Any]) -> str:

@@ -162,7 +162,7 @@ class PPOLoop:
         except NumericError as error:
             who = name_prompts(experiences.rollouts, error.rows)
             where = f"rollout step {self.global_step + 1}, {role}"
-            raise NumericError(f"{where}: {error}; they answer {who}", error.rows) from error
+            raise NumericError(f"{where}, {error}. The samples answer {who}", error.rows) from error
 
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the evaluation prompts, and tell the callbacks."""

@@ -115,8 +115,8 @@ class TrainedWorker(Worker):
         sums, norms, lr, skipped = MetricSums(), [], self.engine.lr, self.guard.skipped
         self.engine.train()
         for epoch in range(self.config.batch.max_epochs):
-            for micro_batches in buffer.epoch(epoch):
-                result = self._optimizer_step(micro_batches, whiten, sums)
+            for number, micro_batches in enumerate(buffer.epoch(epoch), start=epoch * buffer.steps + 1):
+                result = self._optimizer_step(f"optimizer step {number}", micro_batches, whiten, sums)
                 if result is not None:
                     norms.append(result.grad_norm)
                     lr = result.lr
@@ -132,9 +132,9 @@ class TrainedWorker(Worker):
         return StepGuard(self.engine, self.comm, self.config.batch.max_skipped_steps, "samples {}")
 
     def _optimizer_step(
-        self, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums
+        self, name: str, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums
     ) -> StepResult | None:
-        """Take one step on the token mean over all ranks.
+        """Take the step called ``name`` on the token mean over all ranks.
 
         Return None when no rank has an action to learn from, or when the step was left out.
         """
@@ -149,7 +149,7 @@ class TrainedWorker(Worker):
             losses.append(loss.detach())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
         again = [lambda micro=micro: self.loss(micro.to(self.strategy.device), whiten)[0] for micro in micro_batches]
-        result = self.guard.step("an optimizer step", samples, losses, again)
+        result = self.guard.step(name, samples, losses, again)
         if result is not None:
             sums.join(metrics)
             self.after_step()

@@ -205,7 +205,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_n
     before = {name: weight.clone() for name, weight in worker.engine.named_weights()}
     column = made.shards[0].advantages if role == "actor" else made.shards[0].returns
     column[5] = float("inf")
-    with pytest.raises(NumericError, match=rf"rollout step 1, {role}: .*loss is not finite.*prompts .*5") as caught:
+    with pytest.raises(
+        NumericError, match=rf"rollout step 1, {role}, optimizer step 1: the loss is not finite.*prompts .*5"
+    ) as caught:
         loop.update(made)
     assert 5 in caught.value.rows
     for name, weight in worker.engine.named_weights():
