@@ -5,8 +5,8 @@
 
 Models have random weights, so nothing is downloaded. Each part prints its figures against the plain way of doing the
 same thing, in turn, medians of several rounds. Without DeepSpeed SFT runs with torch's fused AdamW. For SFT and reward
-models against TRL, memory included, run ``compare.py``, which uses the GPU too. MFU counts 6 floating-point operations a parameter and token, embeddings left
-out, and those of causal attention, against the bf16 peak of the device.
+models against TRL, memory included, run ``compare.py``, which uses the GPU too. MFU counts 6 floating-point operations
+a parameter and token, embeddings left out, and those of causal attention, against the bf16 peak of the device.
 """
 
 from __future__ import annotations
