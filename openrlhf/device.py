@@ -101,6 +101,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def memory_metrics() -> dict[str, float]:
+    """Return the most GPU memory that this process has held so far, in GiB, as a metric; nothing on a CPU."""
+    import torch
+
+    if device_type() == "cpu":
+        return {}
+    return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
 def empty_cache() -> None:
     """Give cached GPU memory back to the driver; does nothing on a CPU."""
     import torch

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.sampler import StepSampler
 from openrlhf.errors import DataError, UsageError
@@ -231,11 +232,13 @@ class Trainer:
         result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()
         totals = sums.reduce(self.comm)
-        speed = totals.pop("tokens").total / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        speed = totals.pop("tokens").total / seconds
+        pace = {"tokens_per_second": speed, "time/step": seconds, **machine.memory_metrics()}
         if result is None:
-            return {"skipped_steps": 1.0, "lr": self.engine.lr, "tokens_per_second": speed}
-        step = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": speed}
-        return {**self.train_values(totals), **self.window.add(totals), **step}
+            return {"skipped_steps": 1.0, "lr": self.engine.lr, **pace}
+        step = {"lr": result.lr, "grad_norm": result.grad_norm}
+        return {**self.train_values(totals), **self.window.add(totals), **step, **pace}
 
     def _loss(self, counts: bool, batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
         """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics.
