@@ -187,18 +187,17 @@ def strategy_of(stage: int) -> DeepSpeedStrategy:
     return strategy
 
 
-def injections(folder: str, cases: list[list]) -> list[dict[str, Any]]:
-    """Return what became of each ``[who learns, what is not finite, on which rank, ZeRO stage]``."""
-    found = []
+def poison(folder: str, cases: list[list], stages: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Return what became of each ``[who learns, what is not finite, on which rank, ZeRO stage]``.
+
+    And for each of ``stages`` what became of a poisoned step that may be left out.
+    """
+    stopped = []
     for who, how, rank, stage in cases:
         run, learner = WHERE[who]
-        found.append(run(folder, strategy_of(stage), learner, how, rank))
-    return found
-
-
-def left_out(folder: str, stages: list[int]) -> list[dict[str, Any]]:
-    """Return for each stage what becomes of a poisoned second step that may be left out."""
-    return [
+        stopped.append(run(folder, strategy_of(stage), learner, how, rank))
+    left_out = [
         poisoned_training(folder, strategy_of(stage), PoisonedSFT, "inf loss", 1, max_skipped_steps=1, max_epochs=2)
         for stage in stages
     ]
+    return {"stopped": stopped, "left out": left_out}

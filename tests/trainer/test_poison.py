@@ -25,29 +25,32 @@ INJECTIONS = [
 ]
 
 
-@pytest.fixture
-def models(tmp_path):
-    tiny_folder(tmp_path / "policy")
-    tiny_reward_model(tmp_path / "reward")
-    return str(tmp_path)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What became of everything on each of two ranks."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_folder(folder / "policy")
+    tiny_reward_model(folder / "reward")
+    program = "tests.trainer.poison_programs:poison"
+    return run_ranks(program, 2, folder=str(folder), cases=INJECTIONS, stages=[0, 2, 3])
 
 
-def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update_and_names_its_row(models):
-    ranks = run_ranks("tests.trainer.poison_programs:injections", 2, folder=models, cases=INJECTIONS)
-    for found in ranks:
-        for case, got in zip(INJECTIONS, found, strict=True):
+def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update_and_names_its_row(ranks):
+    for rank in ranks:
+        for case, got in zip(INJECTIONS, rank["stopped"], strict=True):
             told = {name: value for name, value in got.items() if isinstance(value, bool)}
             assert told == dict.fromkeys(("stopped", "names the row", "unchanged", "finite"), True), (case, got)
-    assert [got["message"] for got in ranks[0]] == [got["message"] for got in ranks[1]]
+    first, second = ([got["message"] for got in rank["stopped"]] for rank in ranks)
+    assert first == second
 
 
-def test_a_step_that_may_be_left_out_changes_nothing_on_any_rank_and_training_goes_on(models):
-    ranks = run_ranks("tests.trainer.poison_programs:left_out", 2, folder=models, stages=[0, 2, 3])
-    for found in ranks:
-        for got in found:
-            # Of four steps in two epochs the ones with the poisoned row are left out: one in each epoch.
+def test_a_step_that_may_be_left_out_changes_nothing_on_any_rank_and_training_goes_on(ranks):
+    for rank in ranks:
+        for got in rank["left out"]:
+            # Two epochs of two steps: the one with the poisoned row is left out in each.
             skipped = [step.get("skipped_steps", 0.0) for step in got["steps"]]
             assert len(skipped) == 4 and sum(skipped) == 2.0, got["message"]
             assert not got["stopped"] and got["finite"]
-            assert all(("loss_mean" in step) == (not out) for step, out in zip(got["steps"], skipped, strict=True))
-    assert ranks[0][0]["steps"][0]["gpt_loss"] == ranks[1][0]["steps"][0]["gpt_loss"]
+            assert all(("gpt_loss" in step) == (not out) for step, out in zip(got["steps"], skipped, strict=True))
+    losses = [[step.get("gpt_loss") for step in got["steps"]] for rank in ranks for got in rank["left out"]]
+    assert losses[:3] == losses[3:]
