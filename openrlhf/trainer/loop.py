@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -214,40 +215,47 @@ class Trainer:
     def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
         """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
         began = time.perf_counter()
-        batches = [self._collate(self.train_data, micro) for micro in rows]
-        self.prepare(batches)
-        weight, micro_batches = self._step_weight(rows, batches)
-        aux_weight = weight / micro_batches
-        sums, losses = MetricSums(), []
-        for micro, batch in zip(rows, batches, strict=True):
-            loss, metrics = self._loss(bool(micro), batch, aux_weight)
-            self.engine.backward(loss, weight)
-            losses.append(loss.detach())
-            tokens = batch.attention_mask.sum()
-            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=bool(micro))
-        again = [
-            lambda micro=micro, batch=batch: self._loss(bool(micro), batch, aux_weight)[0]
-            for micro, batch in zip(rows, batches, strict=True)
-        ]
+        totals, losses, again = self._accumulate(rows)
+        tokens = totals.pop("tokens").total
         result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()
-        totals = sums.reduce(self.comm)
         seconds = time.perf_counter() - began
-        speed = totals.pop("tokens").total / seconds
-        pace = {"tokens_per_second": speed, "time/step": seconds, **machine.memory_metrics()}
+        pace = {"tokens_per_second": tokens / seconds, "time/step": seconds, **machine.memory_metrics()}
         if result is None:
             return {"skipped_steps": 1.0, "lr": self.engine.lr, **pace}
         step = {"lr": result.lr, "grad_norm": result.grad_norm}
         return {**self.train_values(totals), **self.window.add(totals), **step, **pace}
 
-    def _loss(self, counts: bool, batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
+    def _accumulate(self, rows: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
+        """Add up the gradients of a step.
+
+        Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
+        """
+        batches = [self._collate(self.train_data, micro) for micro in rows]
+        self.prepare(batches)
+        weight, micro_batches = self._step_weight(rows, batches)
+        share = weight / micro_batches
+        sums, losses = MetricSums(), []
+        for micro, batch in zip(rows, batches, strict=True):
+            loss, metrics = self._loss(micro, batch, share)
+            self.engine.backward(loss, weight)
+            losses.append(loss.detach())
+            tokens = batch.attention_mask.sum()
+            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=bool(micro))
+        again = [partial(self._loss_alone, *pair, share) for pair in zip(rows, batches, strict=True)]
+        return sums.reduce(self.comm), losses, again
+
+    def _loss(self, micro: list[int], batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
         """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics.
 
-        One that does not count is a dummy of a rank without rows, so that all ranks run the same collectives.
+        A rank without rows works on a dummy row, so that all ranks run the same collectives.
         """
         output = self.compute_loss(batch)
         loss = output.loss_sum + output.aux_loss * aux_weight
-        return loss if counts else loss * 0.0, output.metrics
+        return loss if micro else loss * 0.0, output.metrics
+
+    def _loss_alone(self, *arguments: Any) -> Tensor:
+        return self._loss(*arguments)[0]
 
     def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
         """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import DataError, InfraError, NumericError
+from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
-from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
+from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
+from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
-
-SYNC_TOLERANCE = {True: 0.1, False: 1e-3}
-"""Largest mean gap of engine and trainer log-probs, in bf16 and in fp32."""
-CHECKED = ("log_probs", "kl", "advantages", "returns")
-"""What of an experience must be finite: both its name and that of its sum."""
-SHOWN_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -90,16 +85,6 @@ def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[Sequence
         batches.append(SequenceBatch.from_rollouts(part, pad_id, first) if part else blank_sequences().select([]))
         first += len(part)
     return batches
-
-
-def name_prompts(rollouts: Sequence[Rollout], samples: Iterable[int]) -> str:
-    """Return the uids of the prompts of the given samples and the beginning of the first, for a message."""
-    prompts = {rollouts[sample].prompt.uid: rollouts[sample].prompt for sample in samples}
-    if not prompts:
-        return "no prompt"
-    more = f" and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else ""
-    uids = ", ".join(list(prompts)[:SHOWN_PROMPTS])
-    return f"prompt{'s' * (len(prompts) > 1)} {uids}{more} ({next(iter(prompts.values())).text[:80]!r})"
 
 
 class PolicyEngine:
@@ -178,7 +163,7 @@ class ExperienceMaker:
             kl_coef=self.kl_controller.value,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
-        self._check(statistics, rollouts, experiences)
+        check_rollout(self.config, statistics, rollouts, lambda: roles.policy.get(experiences))
         return self._finish(rollouts, experiences, statistics, scores, shaped, from_function, true)
 
     def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
@@ -229,47 +214,6 @@ class ExperienceMaker:
         """
         clipped = scores.clamp(*self.config.reward.reward_clip_range)
         return self._baseline(clipped, self.config.rollout.n_samples_per_prompt)
-
-    def _check(self, statistics: dict[str, float], rollouts: list[Rollout], experiences: list[Any]) -> None:
-        """Raise when there is nothing to learn, a sum is not finite, or the engine and the policy disagree."""
-        count = statistics["actions"]
-        if not count:
-            raise DataError(
-                f"no answer of this rollout has a token; it asked {name_prompts(rollouts, range(len(rollouts)))}"
-            )
-        if not math.isfinite(sum(statistics[name] for name in CHECKED)):
-            raise self._not_finite(rollouts, self.roles.policy.get(experiences))
-        gap, tolerance = statistics["sync_gap"] / count, self._sync_tolerance()
-        if not gap <= tolerance:
-            raise InfraError(self._explain_gap(gap, statistics["sync_gap_max"], tolerance))
-
-    def _not_finite(self, rollouts: list[Rollout], experiences: list[Experience]) -> NumericError:
-        """Return the error that says what of an experience is not finite, in which samples."""
-        wrong: dict[str, list[int]] = {}
-        for part in experiences:
-            for name in CHECKED:
-                spoilt = (part.action_mask & ~getattr(part, name).isfinite()).any(dim=1)
-                wrong.setdefault(name, []).extend(part.sample[spoilt].tolist())
-        samples = sorted(set().union(*wrong.values()))
-        what = " and ".join(name for name, found in wrong.items() if found)
-        who = name_prompts(rollouts, samples)
-        return NumericError(
-            f"{what} of {len(samples)} answers are not finite; they answer {who}; the weights were not changed",
-            samples,
-        )
-
-    def _sync_tolerance(self) -> float:
-        """Return the largest mean gap; an engine that reports log-probs of the nucleus may be off by -log(top_p)."""
-        tolerance = self.config.vllm.sync_tolerance or SYNC_TOLERANCE[self.config.model.bf16]
-        return tolerance - math.log(self.config.rollout.top_p)
-
-    def _explain_gap(self, gap: float, largest: float, tolerance: float) -> str:
-        return (
-            f"the engine's log-probs differ from the policy's by {gap:.3g} on average and {largest:.3g} at most, more "
-            f"than --sync_tolerance {tolerance:g}. Likely causes: the engine kept an old copy of tied embeddings (the "
-            "LM head after a weight sync), it runs in another dtype or at another temperature than the policy, or it "
-            "serves stale weights. Nothing was trained on these samples"
-        )
 
     def _finish(
         self,

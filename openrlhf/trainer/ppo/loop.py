@@ -21,8 +21,9 @@ from openrlhf.errors import DataError, NumericError, UsageError
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
-from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles, name_prompts
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps")
