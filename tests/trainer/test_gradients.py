@@ -52,7 +52,8 @@ def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks, record_property):
+def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
     assert len(cases) == 4 * 48 / 2
-    record_property("largest difference", check(tmp_path, ranks, cases, timeout=800))
+    largest = check(tmp_path, ranks, cases, timeout=800)
+    print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")
