@@ -165,7 +165,7 @@ def test_the_whole_logits_of_a_batch_never_exist():
     actor = _verified("qwen2")
     sizes = []
     head = actor.model.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, output: sizes.append(output[0].numel()))
+    head.register_forward_hook(lambda _, __, output: sizes.append(output.numel()))
     sequences, mask = batch()
     actor(sequences, mask)
     assert sizes == [int(mask.sum()) - 3]

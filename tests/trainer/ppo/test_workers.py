@@ -104,7 +104,7 @@ def test_before_the_first_update_the_ratio_of_new_and_old_policy_is_one(tmp_path
     policy.engine.train()
     for start in range(0, len(experience), micro):
         part = experience.select(list(range(start, min(start + micro, len(experience)))))
-        ratio = (policy._action_log_probs(part) - part.log_probs).exp()[part.action_mask]
+        ratio = (policy._action_log_probs(part).detach() - part.log_probs).exp()[part.action_mask]
         assert float((ratio - 1).abs().max()) <= 1e-6
 
 
