@@ -28,7 +28,7 @@ def join(timeout: timedelta) -> None:
     if _is_loopback(host):
         machine.stay_on_loopback()
     try:
-        store = _own_store(host, port, world_size, timeout) if rank == 0 else None
+        store = _store(host, port, rank, world_size, timeout)
         dist.init_process_group(machine.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         raise InfraError(
@@ -43,22 +43,21 @@ def join_alone(timeout: timedelta) -> None:
     dist.init_process_group(machine.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _own_store(host: str, port: int, world_size: int, timeout: timedelta) -> dist.Store | None:
-    """Return a store that listens on ``host`` alone; None where torch has to find or make one itself.
+def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """Return the store through which the ranks meet; None where ``torchrun`` holds it.
 
-    That is where ``torchrun`` holds the store, and where ``host`` is a name, which other machines may know by another
-    address, or no address of this machine.
+    Rank 0 listens on ``host`` alone. It listens everywhere where ``host`` is a name, which other machines may know by
+    another address, or is no address of this machine.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or _address(host) is None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    try:
-        listener = _listener(host, port)
-    except OSError:
-        return None
-    return dist.TCPStore(host, port, world_size, True, timeout, master_listen_fd=listener.detach())
+    listener = _listener(host, port) if rank == 0 and _address(host) else None
+    bound = {} if listener is None else {"master_listen_fd": listener.detach()}
+    return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, **bound)
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def _listener(host: str, port: int) -> socket.socket | None:
+    """Return a socket that listens on ``host``, or None when it cannot."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -67,7 +66,7 @@ def _listener(host: str, port: int) -> socket.socket:
         listener.listen()
     except OSError:
         listener.close()
-        raise
+        return None
     return listener
 
 
