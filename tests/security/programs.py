@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from openrlhf.strategy import rendezvous
 from tests.security.watching import own_listeners
-from tests.strategy.programs import strategy_of
 
 
 def listening() -> list[str]:
     """Return the addresses on which this rank listens when all have met and worked together."""
-    strategy = strategy_of(zero_stage=0)
-    strategy.comm.all_reduce(1.0)
-    strategy.comm.barrier("everyone listens")
-    found = own_listeners()
-    strategy.comm.barrier("everyone has looked")
+    rendezvous.join(timedelta(seconds=60))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    found = own_listeners() if total.item() == 2 else ["the ranks did not meet"]
+    dist.barrier()
     return found
