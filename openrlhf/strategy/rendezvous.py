@@ -21,7 +21,7 @@ def join(timeout: timedelta) -> None:
     """Join the ranks that the environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``).
 
     Raises:
-        InfraError: the others did not show up in time.
+        InfraError: the others did not show up in time, or the port is in use.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -31,6 +31,10 @@ def join(timeout: timedelta) -> None:
         store = _store(host, port, rank, world_size, timeout)
         dist.init_process_group(machine.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
+        if "eaddrinuse" in str(error).lower():
+            raise InfraError(
+                f"port {host}:{port} is in use, by another run perhaps: give the launcher another --master_port"
+            ) from error
         raise InfraError(
             f"rank {rank} of {world_size} could not join the others at {host}:{port} within "
             f"{timeout.total_seconds():g} s (--collective_timeout): {error}"
