@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from typing import Any
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
@@ -57,6 +58,17 @@ def configure_threads(processes: int | None = None) -> None:
         )
     for name, value in thread_environment(processes).items():
         os.environ.setdefault(name, value)
+
+
+def stay_on_loopback() -> None:
+    """Keep what gloo and vLLM listen on inside this machine; call it where no other machine takes part in the run.
+
+    A ``GLOO_SOCKET_IFNAME`` or ``VLLM_HOST_IP`` set by the user wins.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 
 def seed_everything(seed: int) -> None:
