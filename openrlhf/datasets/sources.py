@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openrlhf.datasets.local_files import FORMATS, check_file, check_keys, data_files, files_of_split, format_of
+from openrlhf.datasets.fields import check_keys
+from openrlhf.datasets.local_files import FORMATS, check_file, csv_header, data_files, files_of_split, format_of
 from openrlhf.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load_split(
     if rows is None:
         return None
     if len(rows) == 0:
-        raise DataError(f"{flag} {entry}: the split {split!r} has no rows")
+        raise DataError(f"{flag} {entry}: the split {split!r} has no rows; give data with at least one")
     check_keys(rows.column_names, required, f"{flag} {entry}")
     keep = [name for name in rows.column_names if name in required or name in OPTIONAL_COLUMNS]
     return rows.select_columns(keep) if required else rows
@@ -62,6 +63,9 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
         return _open_folder(path, None, split, required)
     if text.startswith((".", "/", "~")):
         _existing(path, flag)
+    if path.is_file():
+        kinds = ", ".join(FORMATS)
+        raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
     return _as_splits(_call_datasets("load_dataset", entry, text, data_dir=data_dir or None))
 
 
@@ -83,10 +87,19 @@ def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[s
 def _load_files(kind: str | None, paths: list[Path], required: Mapping[str, str]) -> Dataset:
     for path in paths:
         if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty")
+            raise DataError(f"{path}: the file is empty; give one with at least one row")
         check_file(path, required)
     names = [str(path) for path in paths]
-    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train")
+    options = _csv_options(paths, required) if kind == "csv" else {}
+    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train", **options)
+
+
+def _csv_options(paths: list[Path], required: Mapping[str, str]) -> dict[str, Any]:
+    """Return what makes pandas keep the required columns as the text they are: ``007``, ``72`` and ``None`` too."""
+    if not required:
+        return {}
+    columns = {name for path in paths for name in csv_header(path)}
+    return {"converters": dict.fromkeys(columns & set(required), str)}
 
 
 def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:

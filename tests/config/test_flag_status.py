@@ -65,7 +65,7 @@ def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
 
 
 def test_help_shows_the_status_of_a_flag(capsys):
-    for config_class in (PPOConfig, RewardModelConfig):
+    for config_class in (PPOConfig, RewardModelConfig, SFTConfig):
         print_help(config_class, config_class.__name__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*NOT_YET, *NO_EFFECT_HERE):

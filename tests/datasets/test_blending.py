@@ -181,7 +181,15 @@ def test_an_unknown_split_lists_the_splits_there(write_lines, tmp_path):
         ("[1, 2]", r"a.jsonl:3: expected a JSON object, found list"),
         ({"prompt": "x", "output": "y"}, r"a.jsonl:3: no key 'input'; found: prompt, output; set --input_key"),
         ({"input": "x"}, r"a.jsonl:3: no key 'output'; found: input; set --output_key"),
-        ({"input": 7, "output": "y"}, r"a.jsonl:3: 'input' is a number here and a str in .*a.jsonl:1"),
+        (
+            {"input": [{"role": "user", "content": "x"}], "output": "y"},
+            r"a.jsonl:3: 'input' is a list here and a str in .*a.jsonl:1",
+        ),
+        (
+            {"input": 7, "output": "y"},
+            r"a.jsonl:3: 'input' \(--input_key\): expected text or a list of messages",
+        ),
+        ({"input": "x", "output": "y", "margin": "big"}, r"a.jsonl:3: 'margin' is a number; found str"),
         ('{"input": "\\ud800", "output": "y"}', r"a.jsonl:3: half of a surrogate pair"),
         ('{"input": "x", "output": NaN}', r"a.jsonl:3: bad JSON \(NaN is not JSON\)"),
     ],

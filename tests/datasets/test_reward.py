@@ -87,11 +87,15 @@ def test_pairs_without_a_difference_and_empty_answers_are_dropped_and_counted(ch
     ]
     dataset = PreferenceDataset(rows, chatml, config(max_len=64))
     assert len(dataset) == 1
-    assert dataset.dropped == {"chosen equals rejected": 1, "equal after truncation": 2, "empty answer": 2}
+    assert dataset.dropped == {
+        "chosen equals rejected": 1,
+        "equal after the cut at --max_len 64": 2,
+        "empty answer": 2,
+    }
 
 
 def test_no_pair_left_is_an_error(chatml):
-    with pytest.raises(DataError, match="preference data: no row can be used; 1 dropped .chosen equals rejected: 1"):
+    with pytest.raises(DataError, match="the data: no row can be used; 1 dropped .chosen equals rejected: 1"):
         PreferenceDataset([ROW | {"rejected": ROW["chosen"]}], chatml, config())
 
 
@@ -103,7 +107,7 @@ def test_text_answers_with_a_chat_template_need_a_prompt_key(chatml):
 def test_a_missing_key_and_a_bad_margin_are_named(chatml):
     with pytest.raises(DataError, match="no key 'better'; found: prompt, chosen, rejected; set --chosen_key"):
         PreferenceDataset([ROW], chatml, config(chosen_key="better"))
-    with pytest.raises(DataError, match="row 0: the margin is a number; found str"):
+    with pytest.raises(DataError, match="row 0: 'margin' is a number; found str"):
         PreferenceDataset([ROW | {"margin": "big"}], chatml, config())
 
 

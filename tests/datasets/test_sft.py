@@ -172,8 +172,10 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(chatml, caplog):
         {"input": "long " * 60, "output": "b"},
     ]
     dataset = SFTDataset(rows, chatml, config(max_len=60))
-    assert dataset.dropped == {"empty prompt": 3, "empty response": 2, "prompt too long": 1}
-    assert "1 rows kept, 6 dropped (empty prompt: 3, empty response: 2, prompt too long: 1)" in caplog.text
+    reasons = {"empty prompt": 3, "empty response": 2, "prompt too long for --max_len 60": 1}
+    assert dataset.dropped == reasons
+    listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    assert f"the data: 1 rows kept, 6 dropped ({listed})" in caplog.text
 
 
 def test_a_long_response_is_cut_at_max_len_and_keeps_its_own_tokens(chatml):
@@ -183,7 +185,7 @@ def test_a_long_response_is_cut_at_max_len_and_keeps_its_own_tokens(chatml):
 
 
 def test_no_usable_row_is_an_error_with_the_reasons(chatml):
-    with pytest.raises(DataError, match="no row can be used; 1 dropped .prompt too long: 1"):
+    with pytest.raises(DataError, match="no row can be used; 1 dropped .prompt too long for --max_len 8: 1"):
         SFTDataset([{"input": "long " * 60, "output": "b"}], chatml, config(max_len=8))
     with pytest.raises(DataError, match="no rows"):
         SFTDataset([], chatml, config())
@@ -198,7 +200,7 @@ def test_a_missing_key_names_the_keys_there_and_the_flag(chatml):
 
 @pytest.mark.parametrize("value", [7, {"a": 1}, 1.5, True])
 def test_a_value_of_the_wrong_type_names_the_row(chatml, value):
-    with pytest.raises(DataError, match="row 1: expected text, found"):
+    with pytest.raises(DataError, match=r"row 1: 'output' \(--output_key\): expected text or a list of messages"):
         SFTDataset([{"input": "a", "output": "b"}, {"input": "a", "output": value}], chatml, config())
 
 

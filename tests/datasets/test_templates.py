@@ -1,6 +1,7 @@
 import pytest
 
-from openrlhf.datasets.templates import Renderer, fill_template, tokenize, tokenize_pieces
+from openrlhf.datasets.templates import Renderer, fill_template
+from openrlhf.datasets.tokens import tokenize, tokenize_pieces
 from openrlhf.errors import DataError, UsageError
 from tests.helpers import tiny_tokenizer
 

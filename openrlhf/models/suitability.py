@@ -1,0 +1,77 @@
+"""Whether a model folder suits its role: asked of its config and the names of its weights, before anything is loaded.
+
+Models of the hub are checked when they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from openrlhf.errors import DataError
+from openrlhf.models.loading import HEAD, check_path
+
+VALUE_MODELS = ("ForSequenceClassification", "ForTokenClassification", "RewardModel", "CriticModel")
+"""How the architectures of models with a scalar head end."""
+
+
+def check_model(path: str, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:
+    """Return whether ``path`` is a folder here; raise :class:`DataError` when it cannot be loaded."""
+    local = check_path(path, trust_remote_code=trust_remote_code, flag=flag)
+    if local:
+        weight_names(Path(path), flag)
+    return local
+
+
+def check_language_model(path: str, *, trust_remote_code: bool, flag: str = "--pretrain") -> None:
+    """Raise :class:`DataError` when the folder ``path`` cannot be loaded, or says that it is a reward model."""
+    if not check_model(path, trust_remote_code=trust_remote_code, flag=flag):
+        return
+    for name in _config(path).get("architectures") or []:
+        if str(name).endswith(VALUE_MODELS):
+            raise DataError(
+                f"{flag} {path}: this is a reward model or critic ({name} in config.json), not a language model; "
+                "name the language model it was trained from"
+            )
+
+
+def check_reward_model(
+    path: str, *, trust_remote_code: bool, value_head_prefix: str, normalize_reward: bool, flag: str
+) -> None:
+    """Raise :class:`DataError` when the folder ``path`` cannot be loaded or has no trained scalar head.
+
+    ``normalize_reward`` asks for ``mean`` and ``std`` in its config too.
+    """
+    if not check_path(path, trust_remote_code=trust_remote_code, flag=flag):
+        return
+    config = _config(path)
+    prefix = config.get("value_head_prefix") or value_head_prefix
+    names = weight_names(Path(path), flag)
+    if f"{prefix}.weight" not in names and f"{HEAD}.weight" not in names:
+        raise DataError(
+            f"{flag} {path}: there is no value head `{prefix}` in the weights, so its rewards would be random; name a "
+            "reward model (train_rm makes one), or its head with --value_head_prefix"
+        )
+    if normalize_reward and not {"mean", "std"} <= set(config):
+        raise DataError(
+            f"{flag} {path}: --normalize_reward needs `mean` and `std` in config.json; "
+            "train_rm writes them when it evaluates"
+        )
+
+
+def weight_names(folder: Path, flag: str) -> set[str]:
+    """Return the names of the weights in the safetensors files of ``folder``; DataError for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{flag} {path}: damaged ({error}); copy the file again") from error
+    return names
+
+
+def _config(path: str) -> dict:
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
