@@ -50,7 +50,8 @@ def as_messages(value: Any, role: str, where: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise DataError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
+        hint = "; write it in quotes" if isinstance(value, (int, float)) else ""
+        raise DataError(f"{where}: expected text or a list of messages, found {type(value).__name__}{hint}")
     messages = []
     for message in value:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:

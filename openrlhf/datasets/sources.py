@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.datasets.fields import check_keys
-from openrlhf.datasets.local_files import FORMATS, check_file, csv_header, data_files, files_of_split, format_of
+from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of
 from openrlhf.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if format_of(path):
         return {"train": _load_files(format_of(path), [_existing(path, flag)], required)}
     if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
-        return _as_splits(_call_datasets("load_from_disk", entry, str(path)))
+        return _as_splits(_call_datasets("load_from_disk", f"{flag} {entry}", str(path)))
     if path.is_dir() and data_files(path):
         return _open_folder(path, None, split, required)
     if text.startswith((".", "/", "~")):
@@ -66,7 +66,7 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if path.is_file():
         kinds = ", ".join(FORMATS)
         raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
-    return _as_splits(_call_datasets("load_dataset", entry, text, data_dir=data_dir or None))
+    return _as_splits(_call_datasets("load_dataset", f"{flag} {entry}", text, data_dir=data_dir or None))
 
 
 def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[str, str]) -> dict[str, Any]:
@@ -86,8 +86,6 @@ def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[s
 
 def _load_files(kind: str | None, paths: list[Path], required: Mapping[str, str]) -> Dataset:
     for path in paths:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty; give one with at least one row")
         check_file(path, required)
     names = [str(path) for path in paths]
     options = _csv_options(paths, required) if kind == "csv" else {}
@@ -98,7 +96,7 @@ def _csv_options(paths: list[Path], required: Mapping[str, str]) -> dict[str, An
     """Return what makes pandas keep the required columns as the text they are: ``007``, ``72`` and ``None`` too."""
     if not required:
         return {}
-    columns = {name for path in paths for name in csv_header(path)}
+    columns = {name for path in paths for name in next(csv_rows(path))[1]}
     return {"converters": dict.fromkeys(columns & set(required), str)}
 
 
@@ -111,7 +109,7 @@ def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(datasets, function)(*args, **kwargs)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{entry}: cannot be loaded: {reason[0]}") from error
+        raise DataError(f"{entry}: cannot be loaded: {reason[0]}; is it whole, and what its name says?") from error
 
 
 def _as_splits(loaded: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Renderer:
 
     def conversation(self, messages: list[dict], where: str, generation_prompt: bool = False) -> str:
         """Return the chat template's text of ``messages``."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         messages = self.guard(messages, where)
         try:
@@ -139,6 +139,11 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=generation_prompt
             )
             return self._one_bos(text)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja ({error}): mend it, or give another with "
+                "--tokenizer_chat_template"
+            ) from error
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(f"{where}: the chat template refuses the roles {roles}: {error}") from error

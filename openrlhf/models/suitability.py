@@ -13,12 +13,21 @@ from openrlhf.models.loading import HEAD, check_path
 
 VALUE_MODELS = ("ForSequenceClassification", "ForTokenClassification", "RewardModel", "CriticModel")
 """How the architectures of models with a scalar head end."""
+HEADED = ("LMHeadModel", *VALUE_MODELS)
 
 
 def check_model(path: str, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:
     """Return whether ``path`` is a folder here; raise :class:`DataError` when it cannot be loaded."""
+    from transformers import CONFIG_MAPPING, __version__
+
     local = check_path(path, trust_remote_code=trust_remote_code, flag=flag)
     if local:
+        kind = _config(path).get("model_type")
+        if kind not in CONFIG_MAPPING and not trust_remote_code:
+            raise DataError(
+                f"{flag} {path}: transformers {__version__} does not know the model_type {kind!r} of config.json; "
+                "name another model, or update transformers"
+            )
         weight_names(Path(path), flag)
     return local
 
@@ -27,8 +36,14 @@ def check_language_model(path: str, *, trust_remote_code: bool, flag: str = "--p
     """Raise :class:`DataError` when the folder ``path`` cannot be loaded, or says that it is a reward model."""
     if not check_model(path, trust_remote_code=trust_remote_code, flag=flag):
         return
-    for name in _config(path).get("architectures") or []:
-        if str(name).endswith(VALUE_MODELS):
+    config = _config(path)
+    for name in config.get("architectures") or []:
+        if name.endswith("Model") and not name.endswith(HEADED) and config.get("tie_word_embeddings") is False:
+            raise DataError(
+                f"{flag} {path}: this model has no language-model head ({name} in config.json) and would get a random "
+                "one; name a model with ForCausalLM in its config.json"
+            )
+        if name.endswith(VALUE_MODELS):
             raise DataError(
                 f"{flag} {path}: this is a reward model or critic ({name} in config.json), not a language model; "
                 "name the language model it was trained from"
@@ -42,7 +57,7 @@ def check_reward_model(
 
     ``normalize_reward`` asks for ``mean`` and ``std`` in its config too.
     """
-    if not check_path(path, trust_remote_code=trust_remote_code, flag=flag):
+    if not check_model(path, trust_remote_code=trust_remote_code, flag=flag):
         return
     config = _config(path)
     prefix = config.get("value_head_prefix") or value_head_prefix
