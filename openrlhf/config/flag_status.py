@@ -85,12 +85,16 @@ NOT_YET = {
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
-_TEMPLATE = NoEffect("--apply_chat_template uses the chat template", _set("apply_chat_template"))
+_TEMPLATE = NoEffect(
+    "--apply_chat_template and --pretrain_mode do without it",
+    lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
+)
 _CHAT = NoEffect("it needs --apply_chat_template", _unset("apply_chat_template"))
 _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
+_SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
 
 NO_EFFECT_HERE = {
@@ -114,7 +118,11 @@ NO_EFFECT_HERE = {
     "pretrain_split": NoEffect("it needs --pretrain_data", _without_texts),
     "input_template": _TEMPLATE,
     "tokenizer_chat_template": _CHAT,
-    "output_key": _RAW,
+    **dict.fromkeys(("output_key", "apply_chat_template"), _RAW),
+    **dict.fromkeys(("save_hf_ckpt", "disable_ds_ckpt", "max_ckpt_num", "max_ckpt_mem"), _SAVES),
+    "eval_steps": NoEffect(
+        "it needs --eval_dataset", lambda values, gpu: "prompt_data" in values and not values["eval_dataset"]
+    ),
     "gradient_checkpointing_use_reentrant": NoEffect(
         "it needs --gradient_checkpointing", _unset("gradient_checkpointing")
     ),
@@ -124,6 +132,7 @@ NO_EFFECT_HERE = {
     "critic_num_gpus_per_node": _CRITIC,
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
+    "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(
         "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
