@@ -51,8 +51,11 @@ class Logger:
         except self.expected as error:
             self.failures += 1
             if self.failures == 1:
-                reason = str(error).replace(self._secret, "***") if self._secret else str(error)
+                reason = self._without_secret(error)
                 LOG.warning("%s failed (%s: %s); training goes on", type(self).__name__, type(error).__name__, reason)
+
+    def _without_secret(self, error: Exception) -> str:
+        return str(error).replace(self._secret, "***") if self._secret else str(error)
 
     def _open(self, step: int) -> None:
         """Open what is written to."""
@@ -140,9 +143,25 @@ class WandbLogger(Logger):
         # wandb stores the command line of the process with the run.
         hidden = {self._key: "***", f"--use_wandb={self._key}": "--use_wandb=***"} if self._key else {}
         sys.argv[:] = [hidden.get(word, word) for word in sys.argv]
-        if self._key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            wandb.login(key=self._key)
-        self._run = wandb.init(
+        try:
+            if self._key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+                wandb.login(key=self._key)
+            self._run = self._init()
+        except (wandb.Error, OSError) as error:
+            LOG.warning(
+                "Weights & Biases refuses or is out of reach (%s): logging offline to %s; `wandb sync` sends it later",
+                self._without_secret(error),
+                self._folder,
+            )
+            self._run = self._init(mode="offline")
+        for phase in ("train", "eval"):
+            self._run.define_metric(f"{phase}/global_step")
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/global_step")
+
+    def _init(self, **options: Any) -> Any:
+        import wandb
+
+        return wandb.init(
             entity=self._config.wandb_org,
             project=self._config.wandb_project,
             group=self._config.wandb_group,
@@ -150,10 +169,8 @@ class WandbLogger(Logger):
             config=self._flags,
             dir=self._folder,
             settings=wandb.Settings(console="off", init_timeout=30),
+            **options,
         )
-        for phase in ("train", "eval"):
-            self._run.define_metric(f"{phase}/global_step")
-            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/global_step")
 
     def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         named = {f"{phase}/{name}": value for name, value in values.items()}
