@@ -16,6 +16,7 @@ from openrlhf.config.arguments import parse
 from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import DataError, InfraError, NumericError, UsageError
+from tests.helpers import tiny_causal_lm, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
@@ -350,3 +351,28 @@ def test_a_dry_run_loads_nothing_and_ends_with_zero(command):
     done, _ = spy(command, *GOOD[command].split(), "--dry_run", "--local_rank=0")
     assert done.returncode == 0 and "plan:" in done.stdout
     assert "heavy: []" in done.stderr
+
+
+def test_a_dry_run_can_show_samples_of_local_data_without_loading_a_model(tmp_path):
+    tiny_tokenizer(tmp_path / "model")
+    tiny_causal_lm(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"input": "12 + 30?", "output": "42"}\n' * 4)
+    words = [
+        "--pretrain",
+        str(tmp_path / "model"),
+        "--dataset",
+        str(tmp_path / "rows.jsonl"),
+        "--output_key",
+        "output",
+    ]
+    done, _ = spy("train_sft", *words, "--dry_run", "--show_samples")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout[done.stdout.index("samples  3 of 4 rows") :].splitlines()
+    assert shown[1].strip() == r"1 User: 12 + 30?\nAssistant: «42<|im_end|>»"
+    assert "deepspeed" not in done.stderr.partition("heavy:")[2]
+
+
+def test_a_dry_run_does_not_ask_the_hub_for_samples():
+    done, _ = spy("train_sft", *GOOD["train_sft"].split(), "--dry_run", "--show_samples")
+    assert done.returncode == 3 and "plan:" in done.stdout
+    assert "error: --pretrain m: no such folder here, and the hub cannot be reached" in done.stderr

@@ -99,7 +99,11 @@ def _csv_options(paths: list[Path], required: Mapping[str, str]) -> dict[str, An
     if not required:
         return {}
     columns = {name for path in paths for name in next(csv_rows(path))[1]}
-    return {"converters": dict.fromkeys(columns & set(required), str)}
+    return {
+        "converters": dict.fromkeys(columns & set(required), str),
+        "keep_default_na": False,
+        "na_values": [""],
+    }
 
 
 def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:

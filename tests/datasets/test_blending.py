@@ -260,3 +260,31 @@ def test_loading_rows_does_not_import_torch(write_lines):
         "sys.exit(int('torch' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_answers_in_a_csv_file_stay_the_text_they_are(tmp_path):
+    answers = ["007", "72", "None", "NA", "1e5", "true", " x ", "1,000", "two\nlines"]
+    quoted = "".join(f'q,"{answer}",{number}\n' for number, answer in enumerate(answers))
+    (tmp_path / "a.csv").write_text("\ufeffinput,output,margin\n" + quoted, encoding="utf-8")
+    table = mixture(tmp_path / "a.csv")
+    assert table["output"][:] == answers
+    assert table["margin"][:] == list(range(len(answers)))
+
+
+def test_packed_lines_are_read_and_checked_too(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in [*rows(2), {"input": "x"}])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:3: no key 'output'"):
+        mixture(tmp_path / "a.jsonl.gz")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.rsplit("{", 1)[0].encode()))
+    assert len(mixture(tmp_path / "b.jsonl.gz")) == 2
+
+
+def test_a_line_may_be_long_but_not_endless(tmp_path, monkeypatch):
+    monkeypatch.setattr("openrlhf.datasets.local_files.LINE_LIMIT", 1000)
+    line = json.dumps({"input": "x" * 900, "output": "y"})
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n")
+    assert len(mixture(tmp_path / "a.jsonl")) == 2
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{json.dumps({'input': 'x' * 1000, 'output': 'y'})}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than"):
+        mixture(tmp_path / "a.jsonl")

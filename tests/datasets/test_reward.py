@@ -116,3 +116,20 @@ def test_no_pairs_collate_to_a_pair_of_weight_zero(chatml):
     assert batch.sequences.shape == (2, 2)
     assert batch.margin.shape == (1,)
     assert not batch.loss_mask.any()
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("cut", 3), ("drop", 2), ("error", 0)])
+def test_a_pair_over_max_len_is_cut_dropped_or_refused(chatml, policy, kept):
+    rows = [ROW, ROW | {"chosen": "1 " * 60}, ROW]
+    if not kept:
+        with pytest.raises(DataError, match="row 1 has .* tokens, more than --max_len 40"):
+            PreferenceDataset(rows, chatml, config(max_len=40, too_long=policy))
+        return
+    dataset = PreferenceDataset(rows, chatml, config(max_len=40, too_long=policy))
+    assert (len(dataset), sum(dataset.dropped.values()), dataset.truncated) == (kept, 3 - kept, kept - 2)
+
+
+def test_pairs_that_differ_only_beyond_max_len_are_an_error_where_that_is_asked(chatml):
+    row = {"prompt": "a", "chosen": "x " * 90 + "1", "rejected": "x " * 90 + "2"}
+    with pytest.raises(DataError, match="row 0 has .* tokens, more than --max_len 64"):
+        PreferenceDataset([row], chatml, config(max_len=64, too_long="error"))
