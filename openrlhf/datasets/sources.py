@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openrlhf import device
 from openrlhf.datasets.fields import check_keys
 from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of
 from openrlhf.datasets.saved import check_saved, is_saved
@@ -68,7 +69,21 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if path.is_file():
         kinds = ", ".join(FORMATS)
         raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
+    _check_hub(text, f"{flag} {entry}")
     return _as_splits(_call_datasets("load_dataset", f"{flag} {entry}", text, data_dir=data_dir or None))
+
+
+def _check_hub(name: str, entry: str) -> None:
+    """Raise DataError when a data set is not in the cache and the hub is out of reach: it would be tried for long."""
+    from datasets import config
+
+    if config.HF_HUB_OFFLINE or (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    if reason := device.why_unreachable(config.HF_ENDPOINT):
+        raise DataError(
+            f"{entry}: no such file or folder here, and the hub cannot be reached ({config.HF_ENDPOINT}: {reason}); "
+            "name a local file, or download the data where there is a network"
+        )
 
 
 def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[str, str]) -> dict[str, Any]:

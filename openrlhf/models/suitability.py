@@ -1,6 +1,6 @@
 """Whether a model folder suits its role: asked of its config and the names of its weights, before anything is loaded.
 
-Models of the hub are checked when they are loaded.
+Models of the hub are checked when they are loaded; here only whether the hub can be reached for one that is not here.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from openrlhf import device
 from openrlhf.errors import DataError
-from openrlhf.models.loading import HEAD, check_path
+from openrlhf.models.loading import HEAD, check_path, unreachable
 
 VALUE_MODELS = ("ForSequenceClassification", "ForTokenClassification", "RewardModel", "CriticModel")
 """How the architectures of models with a scalar head end."""
@@ -29,6 +30,8 @@ def check_model(path: str, *, trust_remote_code: bool, flag: str = "--pretrain")
                 "name another model, or update transformers"
             )
         weight_names(Path(path), flag)
+    else:
+        _check_hub(path, flag)
     return local
 
 
@@ -86,6 +89,16 @@ def weight_names(folder: Path, flag: str) -> set[str]:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{flag} {path}: damaged ({error}); copy the file again") from error
     return names
+
+
+def _check_hub(name: str, flag: str) -> None:
+    """Raise DataError when a model is not in the cache and the hub is out of reach: its client would try for long."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    if reason := device.why_unreachable(constants.ENDPOINT):
+        raise unreachable(f"{flag} {name}", f"the model ({constants.ENDPOINT}: {reason})")
 
 
 def _config(path: str) -> dict:

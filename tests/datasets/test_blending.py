@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -288,3 +289,16 @@ def test_a_line_may_be_long_but_not_endless(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(f"{line}\n{json.dumps({'input': 'x' * 1000, 'output': 'y'})}\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than"):
         mixture(tmp_path / "a.jsonl")
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(
+            DataError, match="--dataset nobody/none: no such file or folder here, and the hub cannot be"
+        ):
+            mixture("nobody/none")

@@ -1,4 +1,6 @@
 import json
+import socket
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -96,5 +98,28 @@ def test_damaged_weights_are_named(keep, tmp_path):
         weight_names(tmp_path, "--pretrain")
 
 
-def test_a_hub_model_is_left_for_the_loading(tmp_path):
-    assert not check_model("somebody/model", trust_remote_code=False)
+@pytest.fixture
+def closed_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(closed_port, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    started = time.monotonic()
+    with pytest.raises(
+        DataError, match="--pretrain somebody/model: no such folder here, and the hub cannot be reached"
+    ):
+        check_model("somebody/model", trust_remote_code=False)
+    assert time.monotonic() - started < 5
+
+
+def test_a_hub_that_answers_is_left_to_its_client(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not check_model("somebody/model", trust_remote_code=False)
