@@ -17,6 +17,7 @@ from torch import nn
 
 from openrlhf.errors import DataError, NumericError
 from openrlhf.strategy.comm import waiting
+from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -111,14 +112,14 @@ class TrainEngine:
             )
 
     def load(self, directory: str | Path) -> None:
-        """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.
+        """Read back what `save` wrote; training goes on bit for bit.
 
-        The files are unpickled by DeepSpeed: check their hashes first, as `CheckpointManager` does.
+        Raises ``DataError`` if it is not there, or holds anything but tensors and plain values.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such checkpoint folder")
-        with self._waiting(f"loading {directory}"):
+        with self._waiting(f"loading {directory}"), tensors_only(directory):
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -77,6 +78,20 @@ def test_with_the_flag_the_code_runs(with_code):
     assert canary.exists()
     canary.unlink()
     assert load_tokenizer(str(folder), trust_remote_code=True).eos_token_id == 2
+
+
+@pytest.mark.full
+def test_vllm_runs_the_code_with_the_flag_only(with_code):
+    pytest.importorskip("vllm")
+    from openrlhf.rollout.vllm_engine import VLLMEngine
+
+    folder, canary = with_code
+    with pytest.raises(DataError, match="vLLM cannot serve"):
+        VLLMEngine(str(folder), dtype="float32", max_model_len=64)
+    assert not canary.exists()
+    with contextlib.suppress(DataError):  # whether vLLM can serve that class is another matter
+        VLLMEngine(str(folder), dtype="float32", max_model_len=64, trust_remote_code=True)
+    assert canary.exists()
 
 
 def test_a_family_that_transformers_knows_is_loaded_without_the_code_beside_it(with_code):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -20,21 +21,21 @@ REMOTE_CODE = "trust_remote_code"
 
 def dangers(source: str) -> list[str]:
     """Return what is dangerous in a source text, one entry a place."""
-    return [f"line {node.lineno}: {what}" for node in ast.walk(ast.parse(source)) for what in dangers_of(node)]
+    found = [(node, what) for node in ast.walk(ast.parse(source)) for what in dangers_of(node)]
+    return [f"line {getattr(node, 'lineno', '?')}: {what}" for node, what in found]
 
 
 def dangers_of(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Assert):
         return ["assert: it vanishes under -O"]
-    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.arg)):
-        return dangers_of_default(node)
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.arguments)):
+        return dangers_of_default(ast.unparse(node).replace(" ", ""))
     return dangers_of_call(node) if isinstance(node, ast.Call) else []
 
 
-def dangers_of_default(node: ast.AST) -> list[str]:
-    """A variable or field called trust_remote_code may not be born true."""
-    text = ast.unparse(node)
-    return [text] if text.replace(" ", "").startswith((f"{REMOTE_CODE}=True", f"{REMOTE_CODE}:bool=True")) else []
+def dangers_of_default(text: str) -> list[str]:
+    """A variable, field or argument called trust_remote_code may not be born true."""
+    return [text] if re.search(rf"\b{REMOTE_CODE}(:bool)?=True", text) else []
 
 
 def dangers_of_call(node: ast.Call) -> list[str]:
@@ -92,6 +93,7 @@ def test_nothing_switches_on_the_pickles_of_vllm_and_torch_or_the_open_ports_of_
         "AutoModel.from_pretrained(path)",
         "class C:\n    trust_remote_code: bool = True",
         "trust_remote_code = True",
+        "def f(*, trust_remote_code: bool = True): pass",
     ],
 )
 def test_the_scan_notices(source):
