@@ -66,7 +66,7 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
             margin_loss=config.margin_loss,
         )
         trainer.fit()
-        finish_run(config, opened, strategy, export)
+        finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

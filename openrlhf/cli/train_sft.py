@@ -48,8 +48,9 @@ def _train(config: SFTConfig, opened: Run) -> None:
         engine = strategy.prepare_train(model, config.optim, total_steps(len(train_data), config.batch))
         export = partial(export_model, engine, strategy, tokenizer=tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, shown=("gpt_loss",))
-        SFTTrainer(engine, strategy, train_data, eval_data, config.batch, callbacks).fit()
-        finish_run(config, opened, strategy, export)
+        trainer = SFTTrainer(engine, strategy, train_data, eval_data, config.batch, callbacks)
+        trainer.fit()
+        finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

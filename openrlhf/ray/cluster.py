@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import stat
 
 from openrlhf import device
@@ -89,11 +90,25 @@ def _join() -> bool:
 def _start(slots: int) -> None:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=max(device.cores(), slots),
-        num_gpus=slots if device.device_type() == "cpu" else None,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=output_is_logged(),
-    )
+    # Ray's processes keep this mask: a signal to the whole process group, as from timeout or SLURM, would otherwise
+    # end them before the run could be saved.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(device.cores(), slots),
+            num_gpus=slots if device.device_type() == "cpu" else None,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=output_is_logged(),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_ours() -> bool:
+    """Return whether :func:`connect` started the cluster: then it has what this machine has and never grows."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
