@@ -51,6 +51,7 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
     from openrlhf.ray.cluster import connect, disconnect
     from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run, start_up_lines
 
+    opened.phase("data preparation")
     inputs = Inputs(config)
     try:
         resource = connect(placement.slots)

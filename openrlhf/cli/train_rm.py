@@ -38,9 +38,11 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
             trust_remote_code=config.model.trust_remote_code,
             chat_template=config.data.tokenizer_chat_template,
         )
+        opened.phase("data preparation")
         train_rows, eval_rows = load_train_eval(config.data, config.batch.seed, "all_exhausted")
         train_data = PreferenceDataset(train_rows, tokenizer, config.data)
         eval_data = PreferenceDataset(eval_rows, tokenizer, config.data) if len(eval_rows) else []
+        opened.phase("model")
         classifier = load_value_model(
             config.model.pretrain,
             config.model,

@@ -39,9 +39,11 @@ def _train(config: SFTConfig, opened: Run) -> None:
             trust_remote_code=config.model.trust_remote_code,
             chat_template=config.data.tokenizer_chat_template,
         )
+        opened.phase("data preparation")
         train_rows, eval_rows = load_train_eval(config.data, config.batch.seed, "first_exhausted")
         train_data = SFTDataset(train_rows, tokenizer, config.data)
         eval_data = SFTDataset(eval_rows, tokenizer, config.data) if len(eval_rows) else []
+        opened.phase("model")
         language_model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)
         model = Actor(language_model, packing_samples=config.attention.packing_samples)
         opened.say(*start_up_lines(config, opened, strategy, model, train_data, eval_data))

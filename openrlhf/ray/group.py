@@ -82,7 +82,7 @@ class Watch:
         """Send a ping to every actor now and then, and read the answers to earlier ones.
 
         Raises:
-            InfraError: an actor died, gave no sign of life for ``timeout_s`` seconds, or stood still in a call as long.
+            InfraError: one died, gave no sign of life for ``timeout_s`` seconds, or stood still in a call for so long.
         """
         now = time.monotonic()
         heard = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0)[0] if self._pings else []

@@ -13,7 +13,7 @@ from typing import Any
 
 from openrlhf.config.groups import CheckpointConfig
 from openrlhf.strategy.checkpoint import CheckpointManager
-from openrlhf.trainer.console import Console
+from openrlhf.trainer.console import OURS, Console
 from openrlhf.trainer.loggers import JsonlLogger, Logger
 
 
@@ -174,6 +174,7 @@ class Evaluation(Callback):
         if not trainer.eval_data:
             return
         if due(trainer.global_step, every) or trainer.global_step == trainer.max_steps:
+            OURS.debug("phase: evaluation after step %d", trainer.global_step)
             trainer.evaluate()
 
 
@@ -211,6 +212,7 @@ class Checkpointing(Callback):
         return how_to_resume(self._config, trainer.global_step, self._on_disk)
 
     def _save(self, trainer: Any) -> None:
+        OURS.debug("phase: save step %d", trainer.global_step)
         self._manager.save(trainer.global_step, {"model": trainer.engine.save}, trainer.state_dict())
         self._on_disk = trainer.global_step
 

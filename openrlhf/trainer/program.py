@@ -68,6 +68,7 @@ def finish_run(
     """
     path = Path(config.checkpoint.save_path)
     with signals.held(), trainer.saved_when_stopped():
+        run.phase("export")
         export(path)
         if strategy.rank == 0:
             report = write_report(run.path)

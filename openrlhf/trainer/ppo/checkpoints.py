@@ -11,6 +11,7 @@ from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import InfraError
 from openrlhf.strategy.checkpoint import CheckpointManager, rng_file
 from openrlhf.trainer.callbacks import Callback, due, how_to_resume
+from openrlhf.trainer.console import OURS
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
@@ -61,6 +62,7 @@ class PPOCheckpointing(Callback):
         return how_to_resume(self._config, trainer.global_step, self._on_disk)
 
     def _save(self, trainer: Any) -> None:
+        OURS.debug("phase: save step %d", trainer.global_step)
         self._manager.save(trainer.global_step, self._savers(), trainer.state_dict())
         self._on_disk = trainer.global_step
 

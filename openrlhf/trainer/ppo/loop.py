@@ -22,6 +22,7 @@ from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.console import OURS
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
@@ -255,6 +256,7 @@ class PPOLoop:
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:
+        OURS.debug("phase: %s, after step %d", phase, self.global_step)
         began = time.perf_counter()
         yield
         self._seconds[phase] = time.perf_counter() - began

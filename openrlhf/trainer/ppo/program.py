@@ -126,6 +126,7 @@ def finish_run(config: PPOConfig, run: Run, loop: PPOLoop) -> None:
     """
     path, roles = str(Path(config.checkpoint.save_path).expanduser().absolute()), loop.roles
     with signals.held(), loop.saved_when_stopped():
+        run.phase("export")
         roles.policy.get(roles.policy.run(PolicyWorker.export, path=path))
         run.say(f"model in {path}")
         if config.save_value_network and roles.critic:
