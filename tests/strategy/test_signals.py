@@ -150,7 +150,9 @@ print(child.pid, flush=True)
 wait()
 """
     inner = (
-        HEAD.replace("signals.install()", "signals._launchers = lambda: {os.getpid(): os.getppid()}\nsignals.install()")
+        HEAD.replace(
+            "signals.install()", "signals._launchers = lambda: {os.getpid(): os.getppid()}\nsignals.install()"
+        )
         + "try:\n    print('ready', flush=True); wait()\nexcept KeyboardInterrupt:\n    print('left', flush=True)\n"
     )
     words = [sys.executable, "-c", HEAD + f"INNER = {inner!r}\n" + program]
