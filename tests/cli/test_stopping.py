@@ -7,6 +7,7 @@ phase in the log afterwards.
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Case:
     full: bool = True
 
     def __str__(self) -> str:
-        return f"{self.program}-{self.line}-{self.number.name}{'-' + self.whom if self.whom else ''}".replace(" ", "_")
+        words = [self.program, self.line, self.number.name, self.whom]
+        return re.sub(r"\W+", "_", " ".join(words)).strip("_")
 
 
 def quick(*arguments, **options) -> Case:
@@ -56,7 +58,7 @@ def quick(*arguments, **options) -> Case:
 
 
 RANK_1, LAUNCHER, OUTER = "--local_rank=1", "deepspeed.launcher.launch", ""
-TRAIN_3 = '"train", "step": 3'
+TRAIN_3 = '"step": 3,'
 CASES = [
     Case("sft", LOG, "process", "", 0),
     Case("sft", LOG, "phase: data", "", 0),
@@ -224,3 +226,51 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(case, materi
     assert stopped.saves[-1:] == [saved] * bool(saved)
     run_calmly(Program(case.program, material).words(tmp_path, resume=True))
     assert_same_run(tmp_path, whole(case.program), case.program)
+
+
+@pytest.mark.full
+def test_stopped_before_its_first_step_a_resumed_run_leaves_the_older_checkpoint_as_it_is(material, whole, tmp_path):
+    program, run_path = Program("sft", material), tmp_path / "model_run"
+    ask(Case("sft", LOG, "save step 8", "model", 8), material, tmp_path)
+    before = contents(tmp_path / "ckpt")
+    words = program.words(tmp_path, resume=True)
+    stopped = stop_at(words, run_path, (run_path / LOG, "phase: model"))
+    assert (stopped.code, stopped.step) == (143, 0)
+    assert contents(tmp_path / "ckpt") == before != {}
+    run_calmly(words)
+    assert_same_run(tmp_path, whole("sft"), "sft")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.full
+def test_asked_twice_a_run_on_ray_ends_at_once_and_leaves_nothing_behind(material, tmp_path):
+    run_path = tmp_path / "model_run"
+    line = (run_path / LOG, "phase: generate, after step 1")
+    stopped = stop_at(Program("ppo", material).words(tmp_path), run_path, line, again_s=1.1)
+    assert stopped.code == 143
+    assert stopped.seconds < 1.1 + 5
+
+
+@pytest.mark.full
+def test_a_killed_driver_takes_its_ray_along_and_the_next_start_works_at_once(material, whole, tmp_path):
+    program, run_path = Program("ppo-vllm", material), tmp_path / "model_run"
+    line = (run_path / LOG, "phase: generate, after step 2")
+    killed = stop_at(program.words(tmp_path), run_path, line, signal.SIGKILL)
+    assert killed.code == -9 and killed.seconds < 30
+    run_calmly(program.words(tmp_path, resume=True))
+    assert_same_run(tmp_path, whole("ppo-vllm"), "ppo-vllm")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", ["generate, after step 1", "sync, after step 1"])
+def test_a_killed_engine_ends_the_run_with_its_name(material, tmp_path, phase):
+    run_path = tmp_path / "model_run"
+    words = Program("ppo-vllm", material).words(tmp_path)
+    killed = stop_at(words, run_path, (run_path / LOG, phase), signal.SIGKILL, with_word("ray::VLLMActor"))
+    assert killed.code == 4, killed.output
+    assert "vLLM engine 0 died" in killed.output
+    assert "Traceback" not in killed.output
+    assert killed.seconds < 15
