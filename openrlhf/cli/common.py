@@ -43,7 +43,7 @@ def run(
             return
         train(config)
     except KeyboardInterrupt:
-        fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'} before the first step: nothing was lost"), prog)
+        fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"), prog)
     except Exception as error:
         fail(_ours(error), prog)
 

@@ -60,8 +60,9 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
         roles, engine, weight_sync = _start(config, placement, resource, inputs.optimizer_steps)
         opened.say(*start_up_lines(config, opened, inputs, roles, placement.describe()))
         loop = build_loop(config, opened, inputs, roles, engine, weight_sync)
-        loop.fit()
-        finish_run(config, opened, loop)
+        with signals.held():
+            loop.fit()
+            finish_run(config, opened, loop)
     finally:
         disconnect()
 

@@ -12,6 +12,7 @@ from functools import partial
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import RewardModelConfig
+from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 
@@ -67,8 +68,9 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
             loss=config.loss,
             margin_loss=config.margin_loss,
         )
-        trainer.fit()
-        finish_run(config, opened, strategy, export, trainer)
+        with signals.held():
+            trainer.fit()
+            finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from functools import partial
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import SFTConfig
+from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 
@@ -51,8 +52,9 @@ def _train(config: SFTConfig, opened: Run) -> None:
         export = partial(export_model, engine, strategy, tokenizer=tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, shown=("gpt_loss",))
         trainer = SFTTrainer(engine, strategy, train_data, eval_data, config.batch, callbacks)
-        trainer.fit()
-        finish_run(config, opened, strategy, export, trainer)
+        with signals.held():
+            trainer.fit()
+            finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

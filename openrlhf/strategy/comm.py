@@ -44,6 +44,9 @@ class Comm(Protocol):
         ``InfraError`` that says who is missing in ``what``.
         """
 
+    def close(self) -> None:
+        """Leave the others in good order."""
+
 
 def _check_operation(op: str) -> None:
     if op not in OPERATIONS:
@@ -75,6 +78,9 @@ class SoloComm:
     def waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
         """Return a context that does nothing."""
         return nullcontext()
+
+    def close(self) -> None:
+        """Do nothing: there are no others."""
 
 
 class TorchComm:
@@ -159,6 +165,10 @@ class TorchComm:
         finally:
             if limit != self.timeout_s:
                 limit_groups(self.timeout_s)
+
+    def close(self) -> None:
+        """Send no sign of life any more."""
+        self._heartbeat.stop()
 
 
 def limit_groups(timeout_s: float) -> None:

@@ -100,6 +100,7 @@ class DeepSpeedStrategy:
 
     def close(self) -> None:
         """Leave the process group. The strategy cannot be used afterwards."""
+        self.comm.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -205,6 +206,10 @@ def _join(timeout: timedelta) -> None:
         dist.init_process_group(machine.backend(), timeout=timeout)
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "eaddrinuse" in str(error).lower():
+            raise InfraError(
+                f"port {place} is in use, by another run perhaps: give the launcher another --master_port"
+            ) from error
         raise InfraError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {place} within "
             f"{timeout.total_seconds():g} s (--collective_timeout): {error}"

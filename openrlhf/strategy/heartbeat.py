@@ -23,12 +23,17 @@ class Heartbeat:
         self.rank, self.world_size = rank, world_size
         self._store = store.clone()
         self._beats, self._calls, self._where = 0, 0, "the start"
+        self._stopped = threading.Event()
         self._write()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def enter(self, what: str) -> None:
         """Note that this rank begins its next wait for the others."""
         self._calls, self._where = self._calls + 1, what
+
+    def stop(self) -> None:
+        """Say nothing any more: this rank leaves in good order."""
+        self._stopped.set()
 
     def explain(self) -> str:
         """Say after a wait that failed who is missing or behind; takes three seconds at most.
@@ -61,8 +66,7 @@ class Heartbeat:
         return "all other ranks live: look at the network between them"
 
     def _beat(self) -> None:
-        while True:
-            time.sleep(EVERY_S)
+        while not self._stopped.wait(EVERY_S):
             try:
                 self._write()
             except (dist.DistError, RuntimeError):

@@ -146,7 +146,8 @@ class Trainer:
 
         Raises ``Preempted`` on all ranks when one was asked to stop; the last whole step is saved then.
         """
-        self.callbacks.restore(self)
+        with signals.interruptible():
+            self.callbacks.restore(self)
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.engine.train()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
@@ -67,7 +66,7 @@ def finish_run(
     Asked to stop meanwhile, it ends all this, saves the last step too, and raises ``Preempted`` as ``trainer.fit``.
     """
     path = Path(config.checkpoint.save_path)
-    with signals.held(), trainer.saved_when_stopped():
+    with trainer.saved_when_stopped():
         run.phase("export")
         export(path)
         if strategy.rank == 0:

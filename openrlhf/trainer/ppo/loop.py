@@ -102,7 +102,8 @@ class PPOLoop:
         Raises ``Preempted`` when the run was asked to stop: a rollout or an evaluation that is under way is dropped,
         since its seeds repeat it, an update is finished, and the last whole step is saved.
         """
-        self.callbacks.restore(self)
+        with signals.interruptible():
+            self.callbacks.restore(self)
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.evaluator.samples.start(self.global_step)

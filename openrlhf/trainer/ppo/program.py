@@ -11,7 +11,6 @@ from openrlhf.datasets.prompts import PromptDataset
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
-from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
@@ -125,7 +124,7 @@ def finish_run(config: PPOConfig, run: Run, loop: PPOLoop) -> None:
     Asked to stop meanwhile, it ends all this, saves the last step too, and raises ``Preempted`` as ``loop.fit``.
     """
     path, roles = str(Path(config.checkpoint.save_path).expanduser().absolute()), loop.roles
-    with signals.held(), loop.saved_when_stopped():
+    with loop.saved_when_stopped():
         run.phase("export")
         roles.policy.get(roles.policy.run(PolicyWorker.export, path=path))
         run.say(f"model in {path}")
