@@ -9,6 +9,7 @@ import stat
 
 from openrlhf import device
 from openrlhf.errors import InfraError
+from openrlhf.strategy import signals
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
 PASSED_ON_PREFIXES = ("RAY_EXPERIMENTAL_NOSET_", "VLLM_", "NCCL_", "GLOO_")
@@ -28,7 +29,8 @@ def connect(slots: int) -> str:
     default, asks every caller for a token. On a machine without GPUs it declares as many as the run wants: they are
     seats, not hardware.
 
-    Ray replaces the handler of SIGTERM: install yours after this call.
+    Ray replaces the handler of SIGTERM: install yours after this call. Asked to stop meanwhile, it raises
+    ``KeyboardInterrupt``.
 
     Raises:
         InfraError: ``RAY_ADDRESS`` names a cluster that does not answer.
@@ -37,8 +39,13 @@ def connect(slots: int) -> str:
         os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized() and not _join():
-        _start(slots)
+    try:
+        if not ray.is_initialized() and not _join():
+            _start(slots)
+    except SystemExit as error:
+        # While Ray starts, its own handler answers SIGTERM.
+        signals.ask("SIGTERM")
+        raise KeyboardInterrupt from error
     return "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
 
 

@@ -90,9 +90,8 @@ class Watch:
         self._look_for_headway({self._pings.pop(ping)[0]: sign for ping, sign in signs})
         silent = [name for name, sent in self._pings.values() if now - sent >= self.timeout_s]
         if silent:
-            raise InfraError(
-                f"No sign of life from {', '.join(silent)} for {self.timeout_s:.0f} s: it hangs or stopped."
-            )
+            names = ", ".join(silent)
+            raise InfraError(f"No sign of life from {names} for {self.timeout_s:.0f} s: stopped or hanging.")
         if now - self._looked >= self.look_every_s:
             self._looked, asked = now, {name for name, _ in self._pings.values()}
             for name, actor in self._actors.values():
