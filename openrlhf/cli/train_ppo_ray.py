@@ -54,6 +54,7 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
     opened.phase("data preparation")
     inputs = Inputs(config)
     try:
+        opened.phase("ray")
         resource = connect(placement.slots)
         signals.install()  # Ray took the handler of SIGTERM
         opened.say("starting the workers")
