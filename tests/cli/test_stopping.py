@@ -46,15 +46,10 @@ class Case:
     number: signal.Signals = signal.SIGTERM
     whom: str = ""
     code: int = 143
-    full: bool = True
 
     def __str__(self) -> str:
         words = [self.program, self.line, self.number.name, self.whom]
         return re.sub(r"\W+", "_", " ".join(words)).strip("_")
-
-
-def quick(*arguments, **options) -> Case:
-    return Case(*arguments, **options, full=False)
 
 
 RANK_1, LAUNCHER, OUTER = "--local_rank=1", "deepspeed.launcher.launch", ""
@@ -63,13 +58,13 @@ CASES = [
     Case("sft", LOG, "process", "", 0),
     Case("sft", LOG, "phase: data", "", 0),
     Case("sft", LOG, "phase: model", "", 0),
-    quick("sft", METRICS, TRAIN_3, "model"),
+    Case("sft", METRICS, TRAIN_3, "model"),
     Case("sft", METRICS, TRAIN_3, "model", number=signal.SIGINT),
     Case("sft", LOG, "evaluation after step 10", "evaluation after step 10", 10),
-    quick("sft", LOG, "save step 8", "model", 8),
+    Case("sft", LOG, "save step 8", "model", 8),
     Case("sft", LOG, "phase: export", "export", 20),
     Case("sft2", LOG, "phase: model", "", 0, whom=RANK_1),
-    quick("sft2", METRICS, TRAIN_3, "model", whom=RANK_1),
+    Case("sft2", METRICS, TRAIN_3, "model", whom=RANK_1),
     Case("sft2", LOG, "evaluation after step 10", "evaluation after step 10", 10, whom=RANK_1),
     Case("sft2", LOG, "save step 8", "model", 8, whom=RANK_1),
     Case("sft2", METRICS, TRAIN_3, "model", whom=LAUNCHER, code=1),
@@ -78,7 +73,7 @@ CASES = [
     Case("rm", LOG, "evaluation after step 8", "evaluation after step 8", 8),
     Case("rm", LOG, "save step 8", "model", 8),
     Case("rm", LOG, "phase: export", "export", 16),
-    quick("ppo", LOG, "phase: generate, after step 1", "generate, after step 1", 1),
+    Case("ppo", LOG, "phase: generate, after step 1", "generate, after step 1", 1),
     Case("ppo", LOG, "phase: ray", "ray", 0),
     Case("ppo", LOG, "starting the workers", "ray", 0),
     Case("ppo", LOG, "phase: make_experience, after step 1", "make_experience, after step 1", 1),
@@ -89,6 +84,17 @@ CASES = [
     Case("ppo-vllm", LOG, "save step 2", "sync, after step 2", 2),
     Case("ppo-vllm", LOG, "phase: train, after step 1", "sync, after step 2", 2),
     Case("ppo-vllm", LOG, "phase: sync, after step 2", "sync, after step 2", 2),
+]
+QUICK = [
+    case
+    for case in CASES
+    if str(case)
+    in (
+        "sft_step_3_SIGTERM",
+        "sft_save_step_8_SIGTERM",
+        "sft2_step_3_SIGTERM_local_rank_1",
+        "ppo_phase_generate_after_step_1_SIGTERM",
+    )
 ]
 REWARD = """
 import time
@@ -214,17 +220,28 @@ def ask(case: Case, material: Path, folder: Path) -> Stopped:
     return stopped
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=[pytest.mark.full] * c.full) for c in CASES])
-def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(case, material, whole, tmp_path):
+def ask_and_look(case: Case, material: Path, folder: Path) -> None:
+    """Run until ``case``; the last whole step must be on the disk then, and nothing after it in the metrics."""
     if case.program == "ppo-vllm":
         pytest.importorskip("vllm")
-    stopped = ask(case, material, tmp_path)
-    done = len(metrics_of(tmp_path / "model_run")) if (tmp_path / "model_run" / METRICS).exists() else 0
-    saved = max([0, *(int(path.name[11:]) for path in (tmp_path / "ckpt").glob("global_step*"))])
+    stopped = ask(case, material, folder)
+    done = len(metrics_of(folder / "model_run")) if (folder / "model_run" / METRICS).exists() else 0
+    saved = max([0, *(int(path.name[11:]) for path in (folder / "ckpt").glob("global_step*"))])
     row = {"case": str(case), "code": stopped.code, "seconds": round(stopped.seconds, 1), "done": done, "saved": saved}
     print(json.dumps(row))
     assert done == saved == stopped.step
     assert stopped.saves[-1:] == [saved] * bool(saved)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_a_run_that_is_asked_to_stop_ends_soon_with_its_last_step_saved(case, material, tmp_path):
+    ask_and_look(case, material, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(case, material, whole, tmp_path):
+    ask_and_look(case, material, tmp_path)
     run_calmly(Program(case.program, material).words(tmp_path, resume=True))
     assert_same_run(tmp_path, whole(case.program), case.program)
 
