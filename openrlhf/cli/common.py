@@ -45,17 +45,18 @@ def run(
     except KeyboardInterrupt:
         fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"), prog)
     except Exception as error:
-        fail(_ours(error), prog)
+        ended_by = _told(error)
+        if ended_by is None:
+            raise
+        fail(ended_by, prog)
 
 
-def _ours(error: Exception) -> OpenRLHFError:
-    """Return what ended the run: an error of ours, or the request to stop whatever failed on the way out."""
+def _told(error: Exception) -> OpenRLHFError | None:
+    """Return an error of ours, or the request to stop whatever failed on the way out; None for a mistake of ours."""
     asked_by = signals.requested()
     if asked_by and not isinstance(error, Preempted):
         return Preempted(f"stopped by {asked_by}; on the way out: {error}")
-    if not isinstance(error, OpenRLHFError):
-        raise error
-    return error
+    return error if isinstance(error, OpenRLHFError) else None
 
 
 def fail(error: OpenRLHFError, prog: str) -> NoReturn:

@@ -102,15 +102,12 @@ class WorkerHost:
         self.pulse = Pulse()
 
     def address(self) -> tuple[str, int]:
-        """Open the store where the ranks of the group meet, and return its address.
-
-        The store takes whatever port is free: one that is looked up first may be taken by the time it is used.
-        """
-        from torch.distributed import TCPStore
+        """Open the store where the ranks of the group meet, and return its address."""
+        from openrlhf.strategy.rendezvous import open_store
 
         node = ray.util.get_node_ip_address()
-        self.store = TCPStore(node, 0, is_master=True, wait_for_workers=False)
-        return node, self.store.port
+        self.store, port = open_store(node)
+        return node, port
 
     def setup(self, build: Callable, arguments: tuple, master: tuple[str, int]) -> None:
         """Take this rank's place in the group and keep ``build(*arguments)`` as the worker."""

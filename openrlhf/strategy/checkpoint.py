@@ -29,9 +29,11 @@ from openrlhf.errors import DataError, InfraError, OpenRLHFError, UsageError
 from openrlhf.strategy import files, manifests
 from openrlhf.strategy.comm import Comm
 from openrlhf.strategy.manifests import FORMAT, MANIFEST
+from openrlhf.strategy.unpickling import load_tensors
 
 EXPORT_MARK = ".openrlhf-export.json"
 STEP_FOLDER = re.compile(r"global_step(\d+)(_hf)?$")
+LEFTOVER = re.compile(r"global_step\d+(_hf)?(?:\.tmp)?\.(old|tmp|part)$")
 GIB = 2**30
 # What saves or loads one role, given its folder.
 Handler = Callable[[Path], Any]
@@ -247,15 +249,19 @@ class CheckpointManager:
         """Remove what an interrupted save left; bring back the old copy if it was stopped between two renames."""
         if self.root.is_file():
             raise NotADirectoryError(f"{self.root} is a file, not a folder")
-        for path in self.root.glob("global_step*.old"):
-            final = path.with_suffix("")
-            shutil.rmtree(path) if final.exists() else path.rename(final)
-        for pattern in ("global_step*.tmp", "global_step*.part"):
-            for path in self.root.glob(pattern):
+        for path in self.root.glob("global_step*"):
+            left = LEFTOVER.match(path.name)
+            if not left or path.is_symlink():
+                continue
+            if left.group(2) == "old" and not path.with_suffix("").exists():
+                path.rename(path.with_suffix(""))
+            else:
                 shutil.rmtree(path)
 
     def _folders(self) -> list[Path]:
-        return sorted((path for path in self.root.glob("global_step*") if STEP_FOLDER.match(path.name)), key=_step)
+        """Return the folders of steps; a link is not ours to move or delete."""
+        found = (path for path in self.root.glob("global_step*") if STEP_FOLDER.match(path.name))
+        return sorted((path for path in found if not path.is_symlink()), key=_step)
 
     def _checkpoints(self) -> list[Path]:
         return [path for path in self._folders() if not path.name.endswith("_hf")]
@@ -304,7 +310,7 @@ def load_rng(folder: Path, rank: int) -> None:
     path = rng_file(folder, rank)
     if not path.is_file():
         raise DataError(f"{path} is missing: the checkpoint was written by fewer ranks")
-    machine.set_rng_state(torch.load(path, weights_only=True))
+    machine.set_rng_state(load_tensors(path))
 
 
 def _step(path: Path) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from openrlhf.errors import DataError, NumericError
+from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -114,14 +115,14 @@ class TrainEngine:
             )
 
     def load(self, directory: str | Path) -> None:
-        """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.
+        """Read back what `save` wrote; training goes on bit for bit.
 
-        The files are unpickled by DeepSpeed: check their hashes first, as `CheckpointManager` does.
+        Raises ``DataError`` if it is not there, or holds anything but tensors and plain values.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such checkpoint folder")
-        with self._waiting(f"loading {directory}", DISK_S):
+        with self._waiting(f"loading {directory}", DISK_S), tensors_only(directory):
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")

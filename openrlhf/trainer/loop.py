@@ -255,8 +255,9 @@ class Trainer:
         result = self.engine.step()
         self._advance()
         self._step_seconds = time.perf_counter() - began
-        step = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": tokens / self._step_seconds}
-        return {**self.train_values(totals), **self.window.add(totals), **step}
+        step = {"lr": result.lr, "grad_norm": result.grad_norm}
+        pace = {"tokens_per_second": tokens / self._step_seconds, "time/step": self._step_seconds}
+        return {**self.train_values(totals), **self.window.add(totals), **step, **pace, **machine.memory_metrics()}
 
     def _accumulate(self, rows: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor]]:
         """Add up the gradients of a step; return its metrics over all ranks and the losses of this rank."""
