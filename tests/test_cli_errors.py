@@ -242,7 +242,7 @@ def test_an_interrupt_ends_without_a_traceback(capsys):
         raise KeyboardInterrupt
 
     assert outcome(train) == 143
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == "stopped by SIGINT: no step was lost\n"
 
 
 def test_several_problems_are_a_list(capsys):

@@ -11,6 +11,7 @@ from openrlhf import device
 from openrlhf.config.arguments import Problems, parse
 from openrlhf.config.plan import plan_lines
 from openrlhf.errors import OpenRLHFError, Preempted, UsageError
+from openrlhf.strategy import signals
 
 Plan = Callable[[Any, int], list[str]]
 
@@ -29,10 +30,13 @@ def run(
     ``problems(config)`` returns what the command itself finds wrong with its flags; it joins the one message.
     ``data(config)`` reads the training rows, for ``--dry_run --show_samples``.
 
-    An :class:`OpenRLHFError` becomes one message on standard error and the exit status of its type. Nothing here
-    imports torch, so a wrong flag is reported at once.
+    An :class:`OpenRLHFError` becomes one message on standard error and the exit status of its type; SIGTERM and SIGINT
+    end the run as :mod:`openrlhf.strategy.signals` says. Nothing here imports torch, so a wrong flag is reported at
+    once.
     """
     device.configure_threads()
+    if argv is None:
+        signals.install()
     try:
         config, dry_run = parse(config_class, list(sys.argv[1:] if argv is None else argv), prog, problems)
         if dry_run:
@@ -42,10 +46,21 @@ def run(
                     _show_samples(config, data)
             return
         train(config)
-    except OpenRLHFError as error:
-        fail(error, prog)
     except KeyboardInterrupt:
-        fail(Preempted("interrupted"), prog)
+        fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"), prog)
+    except Exception as error:
+        ended_by = _told(error)
+        if ended_by is None:
+            raise
+        fail(ended_by, prog)
+
+
+def _told(error: Exception) -> OpenRLHFError | None:
+    """Return an error of ours, or the request to stop whatever failed on the way out; None for a mistake of ours."""
+    asked_by = signals.requested()
+    if asked_by and not isinstance(error, Preempted):
+        return Preempted(f"stopped by {asked_by}; on the way out: {error}")
+    return error if isinstance(error, OpenRLHFError) else None
 
 
 def _show_samples(config: Any, data: Callable[[Any], Any]) -> None:
@@ -57,14 +72,27 @@ def _show_samples(config: Any, data: Callable[[Any], Any]) -> None:
 
 
 def fail(error: OpenRLHFError, prog: str) -> NoReturn:
-    """Print one message and end the process; a wrong flag is the same on every rank, so one rank prints it."""
-    if not isinstance(error, UsageError) or _first_rank():
+    """Print one message and end the process; what is the same on every rank is printed by one."""
+    if not isinstance(error, (UsageError, Preempted)) or _first_rank():
         print(_message(error, prog), file=sys.stderr, flush=True)
+    if _among_ranks():
+        # Threads of the collectives would wait for a rank that is gone, or abort an ordinary exit.
+        sys.stdout.flush()
+        os._exit(error.exit_code)
     raise SystemExit(error.exit_code)
+
+
+def _among_ranks() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return False
+    return torch.distributed.get_world_size() > 1
 
 
 def _message(error: OpenRLHFError, prog: str) -> str:
     problems = error.problems if isinstance(error, UsageError) else [str(error)]
+    if isinstance(error, Preempted):
+        return problems[0]
     if len(problems) == 1:
         return f"error: {problems[0]}"
     head = f"error: {len(problems)} problems; {prog} --help lists the flags"

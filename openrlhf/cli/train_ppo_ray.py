@@ -9,20 +9,20 @@ metrics, samples, report and log to ``--run_path``. The loop is in ``openrlhf/tr
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from openrlhf.cli.common import run
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import Preempted, UsageError
+from openrlhf.errors import UsageError
 from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run
 
 RESERVE_S = 120.0
-"""How long to wait for the devices of a cluster."""
+"""How long to wait for devices that the cluster has and others use."""
 
 
 def plan(config: PPOConfig, _: int) -> list[str]:
@@ -58,15 +58,19 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
     from openrlhf.ray.cluster import connect, disconnect
     from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run, start_up_lines
 
+    opened.phase("data preparation")
     inputs = Inputs(config)
-    resource = connect(placement.slots)
-    signal.signal(signal.SIGTERM, _stop)
     try:
+        opened.phase("ray")
+        resource = connect(placement.slots)
+        signals.install()  # Ray took the handler of SIGTERM
         opened.say("starting the workers")
         roles, engine, weight_sync = _start(config, placement, resource, inputs.optimizer_steps)
         opened.say(*start_up_lines(config, opened, inputs, roles, placement.describe()))
-        build_loop(config, opened, inputs, roles, engine, weight_sync).fit()
-        finish_run(config, opened, roles)
+        loop = build_loop(config, opened, inputs, roles, engine, weight_sync)
+        with signals.held():
+            loop.fit()
+            finish_run(config, opened, loop)
     finally:
         disconnect()
 
@@ -140,10 +144,6 @@ def _for_workers(config: PPOConfig) -> PPOConfig:
 def _absolute(path: str) -> str:
     """Return a local folder as an absolute path, and the name of a hub model as it is."""
     return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
-
-
-def _stop(*_: Any) -> NoReturn:
-    raise Preempted("the run was asked to stop (SIGTERM); --load_checkpoint goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import RewardModelConfig
+from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
     from openrlhf.trainer.program import finish_run, joined_ranks, supervised_callbacks
     from openrlhf.trainer.reward_model import RewardModelTrainer
 
+    opened.phase("data preparation")
     inputs = read(config)
     with joined_ranks(config) as strategy:
+        opened.phase("model")
         classifier = load_value_model(
             config.model.pretrain,
             config.model,
@@ -67,8 +70,9 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
             loss=config.loss,
             margin_loss=config.margin_loss,
         )
-        trainer.fit()
-        finish_run(config, opened, strategy, export)
+        with signals.held():
+            trainer.fit()
+            finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import SFTConfig
+from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 if TYPE_CHECKING:
@@ -41,16 +42,20 @@ def _train(config: SFTConfig, opened: Run) -> None:
     from openrlhf.trainer.program import finish_run, joined_ranks, supervised_callbacks
     from openrlhf.trainer.sft import SFTTrainer
 
+    opened.phase("data preparation")
     inputs = read(config)
     with joined_ranks(config) as strategy:
+        opened.phase("model")
         language_model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)
         model = Actor(language_model, packing_samples=config.attention.packing_samples)
         opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
         engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
         export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, shown=("gpt_loss",))
-        SFTTrainer(engine, strategy, inputs.train, inputs.evaluation, config.batch, callbacks).fit()
-        finish_run(config, opened, strategy, export)
+        trainer = SFTTrainer(engine, strategy, inputs.train, inputs.evaluation, config.batch, callbacks)
+        with signals.held():
+            trainer.fit()
+            finish_run(config, opened, strategy, export, trainer)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from openrlhf import device
 from openrlhf.config.secrets import is_secret
 from openrlhf.errors import InfraError
+from openrlhf.strategy import signals
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
 PASSED_ON_PREFIXES = ("RAY_EXPERIMENTAL_NOSET_", "VLLM_", "NCCL_", "GLOO_")
@@ -30,7 +32,8 @@ def connect(slots: int) -> str:
     dashboard and, by Ray's default, asks every caller for a token. On a machine without GPUs it declares as many as
     the run wants: they are seats, not hardware.
 
-    Ray replaces the handler of SIGTERM: install yours after this call.
+    Ray replaces the handler of SIGTERM: install yours after this call. Asked to stop meanwhile, it raises
+    ``KeyboardInterrupt``.
 
     Raises:
         InfraError: ``RAY_ADDRESS`` names a cluster that does not answer.
@@ -39,8 +42,13 @@ def connect(slots: int) -> str:
         os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized() and not _join():
-        _start(slots)
+    try:
+        if not ray.is_initialized() and not _join():
+            _start(slots)
+    except SystemExit as error:
+        # While Ray starts, its own handler answers SIGTERM.
+        signals.ask("SIGTERM")
+        raise KeyboardInterrupt from error
     return "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
 
 
@@ -94,7 +102,7 @@ def _start(slots: int) -> None:
     import ray
 
     device.stay_on_loopback()
-    with _on_loopback(), _without_secrets():
+    with _on_loopback(), _without_secrets(), _deaf_to_sigterm():
         ray.init(
             address="local",
             num_cpus=max(device.cores(), slots),
@@ -103,6 +111,14 @@ def _start(slots: int) -> None:
             logging_level=logging.ERROR,
             log_to_driver=output_is_logged(),
         )
+
+
+def is_ours() -> bool:
+    """Return whether :func:`connect` started the cluster: then it has what this machine has and never grows."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
 
 
 @contextmanager
@@ -126,3 +142,16 @@ def _without_secrets() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Let the processes of a Ray that is started inside the block miss SIGTERM: they keep the mask of this thread.
+
+    A signal to the whole process group, as from ``timeout`` or SLURM, would end them before the run could be saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

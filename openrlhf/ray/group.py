@@ -13,11 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from openrlhf.errors import InfraError, OpenRLHFError
+from openrlhf.errors import InfraError, OpenRLHFError, Preempted
 from openrlhf.ray.host import Sign, WorkerHost, build_worker
 from openrlhf.ray.slots import Slots
+from openrlhf.strategy import signals
 
-LOOK_EVERY_S = 10.0
+LOOK_EVERY_S = 2.0
+LISTEN_EVERY_S = 0.5
+"""How soon a request to stop is heard in a wait."""
 
 
 class Watch:
@@ -33,10 +36,12 @@ class Watch:
         self.look_every_s = min(look_every_s, timeout_s)
         self._actors: dict[str, tuple[str, Any]] = {}
         self._headway: dict[str, tuple[Any, float]] = {}
+        self._pings: dict[Any, tuple[str, float]] = {}
+        self._looked = 0.0
 
     def add(self, actor: Any, name: str) -> None:
         """Watch ``actor``, called ``name`` in messages; its ``ping`` gives a
-        :class:`~openrlhf.ray.host.Sign` beside its work.
+        :class:`~openrlhf.ray.host.Sign` beside its work, and its ``drop`` ends what can be dropped.
         """
         self._actors[actor._actor_id.hex()] = (name, actor)
 
@@ -44,32 +49,54 @@ class Watch:
         """Return the values of ``futures``, in order.
 
         Raises:
-            OpenRLHFError: what a worker raised; :class:`InfraError` when an actor died, does not answer or hangs.
+            OpenRLHFError: what a worker raised; :class:`InfraError` when an actor died, does not answer or hangs;
+                :class:`Preempted` when the run was asked to stop and may drop what it waits for here.
         """
         values: dict[Any, Any] = {}
         pending = list(dict.fromkeys(futures))
+        self._forget_pings()
         while pending:
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=self.look_every_s, fetch_local=False)
+            self._listen()
+            every = min(LISTEN_EVERY_S, self.look_every_s)
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=every, fetch_local=False)
             values.update(zip(done, self._fetch(done), strict=True))
             if pending:
-                self.ping()
+                self._look()
         return [values[future] for future in futures]
 
-    def ping(self) -> None:
-        """Ask every actor for a sign of life.
+    def _listen(self) -> None:
+        """Leave the wait when the run was asked to stop and may leave it; the actors drop what they do, too."""
+        try:
+            signals.check()
+        except Preempted:
+            for _, actor in self._actors.values():
+                actor.drop.remote()
+            raise
+
+    def _forget_pings(self) -> None:
+        """Count the silence of an actor from now on: nobody listened to it between two waits."""
+        self._pings.clear()
+        self._looked = 0.0
+
+    def _look(self) -> None:
+        """Send a ping to every actor now and then, and read the answers to earlier ones.
 
         Raises:
-            InfraError: one died, gave none for ``timeout_s`` seconds, or stood still in a call for so long.
+            InfraError: one died, gave no sign of life for ``timeout_s`` seconds, or stood still in a call for so long.
         """
-        pings = {actor.ping.remote(): name for name, actor in self._actors.values()}
-        if not pings:
-            return
-        heard, silent = ray.wait(list(pings), num_returns=len(pings), timeout=self.timeout_s)
-        signs = self._fetch(heard)
+        now = time.monotonic()
+        heard = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0)[0] if self._pings else []
+        signs = zip(heard, self._fetch(heard), strict=True)
+        self._look_for_headway({self._pings.pop(ping)[0]: sign for ping, sign in signs})
+        silent = [name for name, sent in self._pings.values() if now - sent >= self.timeout_s]
         if silent:
-            names = ", ".join(pings[ping] for ping in silent)
+            names = ", ".join(silent)
             raise InfraError(f"No sign of life from {names} for {self.timeout_s:.0f} s: stopped or hanging.")
-        self._look_for_headway({pings[ping]: sign for ping, sign in zip(heard, signs, strict=True)})
+        if now - self._looked >= self.look_every_s:
+            self._looked, asked = now, {name for name, _ in self._pings.values()}
+            for name, actor in self._actors.values():
+                if name not in asked:
+                    self._pings[actor.ping.remote()] = (name, now)
 
     def _look_for_headway(self, signs: dict[str, Sign]) -> None:
         """Compare with earlier signs; raise InfraError when an actor has been at the same point of a call too long."""
@@ -123,7 +150,7 @@ class RayGroup:
 
     def build(self, factory: Callable, *arguments: Any) -> list[Any]:
         """Make ``factory(*arguments)`` the worker of every rank; return futures."""
-        master = self.watch.get([self.hosts[0].address.remote()])[0]
+        master = self.hosts[0].address.remote()
         return [host.setup.remote(factory, arguments, master) for host in self.hosts]
 
     def map(self, method: Callable | str, *columns: Sequence[Any], **common: Any) -> list[Any]:

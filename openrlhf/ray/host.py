@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import ray
 
 from openrlhf.errors import InfraError
 from openrlhf.ray.buckets import pack
+from openrlhf.strategy import signals
 
 NOSET_VARIABLES = tuple(
     f"RAY_EXPERIMENTAL_NOSET_{name}"
@@ -50,6 +50,10 @@ def build_worker(worker_class: Callable, config: Any, kwargs: dict[str, Any]) ->
     )
     strategy.setup_distributed()
     return worker_class(config, strategy, **kwargs)
+
+
+DRIVER = "the driver"
+"""Who asks a worker to stop."""
 
 
 class Sign(NamedTuple):
@@ -98,10 +102,12 @@ class WorkerHost:
         self.pulse = Pulse()
 
     def address(self) -> tuple[str, int]:
-        """Return the address of this node and a port that is free on it."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Open the store where the ranks of the group meet, and return its address."""
+        from openrlhf.strategy.rendezvous import open_store
+
+        node = ray.util.get_node_ip_address()
+        self.store, port = open_store(node)
+        return node, port
 
     def setup(self, build: Callable, arguments: tuple, master: tuple[str, int]) -> None:
         """Take this rank's place in the group and keep ``build(*arguments)`` as the worker."""
@@ -139,6 +145,11 @@ class WorkerHost:
         """Return a sign of life."""
         return self.pulse.sign()
 
+    @ray.method(concurrency_group="ping")
+    def drop(self) -> None:
+        """Give up a rollout that is under way: the run is being stopped."""
+        signals.ask(DRIVER)
+
     def _rank_environment(self, master: tuple[str, int]) -> dict[str, str]:
         local_rank = 0
         if ray_noset_visible_devices():
@@ -149,4 +160,7 @@ class WorkerHost:
             "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": master[0],
             "MASTER_PORT": str(master[1]),
+            # To torch: the store is there, no rank opens it.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }

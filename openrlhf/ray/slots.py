@@ -12,10 +12,12 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from openrlhf.errors import InfraError
-from openrlhf.ray.cluster import worker_environment
+from openrlhf.ray.cluster import is_ours, worker_environment
 from openrlhf.ray.placement import ENGINES, Placement
 
 SHARE = 0.2
+GROWS_WITHIN_S = 25.0
+"""How long to wait for a cluster that has too little: a node may still be joining."""
 HINT = "Lower *_num_gpus_per_node or --vllm_num_engines, or share devices with --colocate_all_models."
 
 
@@ -60,8 +62,14 @@ def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, 
         timeout_s: how long to wait until all of them are free.
 
     Raises:
-        InfraError: they were not free in time; the message is a table of wanted and available.
+        InfraError: the cluster does not have them, or they were not free in time; the message is a table of wanted
+            and available.
     """
+    lacking = _lacking(placement, resource)
+    if lacking and is_ours():
+        raise InfraError(f"This machine has fewer devices than the run wants.\n{_shortage(placement, resource)}")
+    if lacking:
+        timeout_s = min(timeout_s, GROWS_WITHIN_S)
     groups = {}
     for pool, bundles in placement.pools.items():
         wanted = [{resource: size, **({"CPU": 1} if resource == "GPU" else {})} for size in bundles]
@@ -96,10 +104,20 @@ def _bundles_by_node(group: Any) -> tuple[int, ...]:
 def _shortage(placement: Placement, resource: str) -> str:
     """Return the table of what is wanted, what the cluster has, and what of it is free."""
     has, free = ray.cluster_resources(), ray.available_resources()
-    wanted = {resource: placement.slots}
-    if resource == "GPU":
-        wanted["CPU"] = sum(len(bundles) for bundles in placement.pools.values())
+    wanted = _wanted(placement, resource)
     rows = [("resource", "wanted", "in cluster", "free")]
     rows += [(name, f"{count:g}", f"{has.get(name, 0):g}", f"{free.get(name, 0):g}") for name, count in wanted.items()]
     table = ["  " + "".join(f"{cell:>12}" for cell in row) for row in rows]
     return "\n".join([*placement.describe(), *table, HINT])
+
+
+def _wanted(placement: Placement, resource: str) -> dict[str, int]:
+    """Return how much of each resource the whole placement takes."""
+    cpus = {"CPU": sum(len(bundles) for bundles in placement.pools.values())} if resource == "GPU" else {}
+    return {resource: placement.slots, **cpus}
+
+
+def _lacking(placement: Placement, resource: str) -> bool:
+    """Return whether the cluster as it is could not hold the placement even if nobody else used it."""
+    has = ray.cluster_resources()
+    return any(has.get(name, 0) < count for name, count in _wanted(placement, resource).items())

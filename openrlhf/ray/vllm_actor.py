@@ -10,9 +10,10 @@ import ray
 
 from openrlhf.ray.buckets import unpack
 from openrlhf.ray.group import Watch, start_actor
-from openrlhf.ray.host import Pulse, Sign, ray_noset_visible_devices
+from openrlhf.ray.host import DRIVER, Pulse, Sign, ray_noset_visible_devices
 from openrlhf.ray.slots import Slots
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.strategy import signals
 from openrlhf.trainer.ppo.groups import deal
 
 
@@ -55,6 +56,11 @@ class VLLMActor:
     def ping(self) -> Sign:
         """Return a sign of life."""
         return self.pulse.sign()
+
+    @ray.method(concurrency_group="ping")
+    def drop(self) -> None:
+        """Give up a rollout that is under way: the run is being stopped."""
+        signals.ask(DRIVER)
 
 
 def see_own_devices() -> None:

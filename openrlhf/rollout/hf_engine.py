@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from openrlhf.models.actor import Actor
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
+from openrlhf.strategy import signals
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -67,6 +68,9 @@ class HFEngine:
         seeds = [sample_seed(sampling.seed, sampling.step, prompt.uid, index) for prompt, index in wanted]
         input_ids, attention_mask = pad_left([prompt.token_ids for prompt, _ in wanted], self.pad_id, actor.device)
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
+        sharded = any(hasattr(parameter, "ds_id") for parameter in actor.parameters())
+        # Ranks that share the weights could only leave together.
+        processors = [sampler] if sharded else [_leave_if_asked, sampler]
         output = actor.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -76,8 +80,8 @@ class HFEngine:
                 eos_token_id=self.eos_id,
                 pad_token_id=self.pad_id,
             ),
-            logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=any(hasattr(parameter, "ds_id") for parameter in actor.parameters()),
+            logits_processor=LogitsProcessorList(processors),
+            synced_gpus=sharded,
         )
         answers = output[:, input_ids.shape[1] :].tolist()
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
@@ -106,6 +110,12 @@ class HFEngine:
             policy_version=self.policy_version,
             seed=seed,
         )
+
+
+def _leave_if_asked(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """Raise ``Preempted`` between two tokens when the run is asked to stop and may drop the rollout."""
+    signals.check()
+    return scores
 
 
 class RowSampler:

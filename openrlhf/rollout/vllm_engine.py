@@ -13,6 +13,7 @@ from typing import Any
 from openrlhf import device
 from openrlhf.errors import DataError, InfraError, UsageError
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
+from openrlhf.strategy import signals
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one engine step on a CPU."""
@@ -134,6 +135,7 @@ class VLLMEngine:
                 engine.add_request(str(number), {"prompt_token_ids": list(token_ids)}, params)
             with self._compilation():
                 while engine.has_unfinished_requests():
+                    signals.check()
                     outputs.update((int(out.request_id), out) for out in engine.step() if out.finished)
                     self.steps += 1
         finally:

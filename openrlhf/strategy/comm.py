@@ -4,15 +4,17 @@ deadline.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from openrlhf.errors import InfraError, UsageError
+from openrlhf.strategy.heartbeat import Heartbeat
 
 OPERATIONS = ("sum", "max", "mean")
 
@@ -36,6 +38,14 @@ class Comm(Protocol):
 
     def barrier(self, label: str, timeout_s: float | None = None) -> None:
         """Wait for all ranks. Raises ``InfraError`` that names ``label`` when one is missing after ``timeout_s``."""
+
+    def waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
+        """Return the context of a library's collectives: ``timeout_s`` is their deadline, and a failure becomes an
+        ``InfraError`` that says who is missing in ``what``.
+        """
+
+    def close(self) -> None:
+        """Leave the others in good order."""
 
 
 def _check_operation(op: str) -> None:
@@ -65,6 +75,13 @@ class SoloComm:
     def barrier(self, label: str, timeout_s: float | None = None) -> None:
         """Return at once."""
 
+    def waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Do nothing: there are no others."""
+
 
 class TorchComm:
     """The default process group of torch.distributed.
@@ -83,6 +100,7 @@ class TorchComm:
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._store = dist.PrefixStore(f"openrlhf/{TorchComm._made}", _get_default_store())
         self._barriers = 0
+        self._heartbeat = Heartbeat(self._store, self.rank, self.world_size)
         TorchComm._made += 1
 
     def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
@@ -90,7 +108,7 @@ class TorchComm:
         _check_operation(op)
         is_tensor = isinstance(value, torch.Tensor)
         total = value.clone() if is_tensor else torch.tensor(float(value), dtype=torch.float64)
-        with waiting(f"all_reduce({op})", self.timeout_s):
+        with self.waiting(f"all_reduce({op})"):
             reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
             dist.all_reduce(total, op=reduction, group=None if is_tensor else self._control)
         if op == "mean":
@@ -100,14 +118,14 @@ class TorchComm:
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the picklable ``value`` of every rank, in rank order. Raises ``InfraError``."""
         values: list[Any] = [None] * self.world_size
-        with waiting("all_gather_object", self.timeout_s):
+        with self.waiting("all_gather_object"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
         """Return the picklable ``value`` of rank ``src``. Raises ``InfraError``."""
         box = [value]
-        with waiting(f"broadcast_object from rank {src}", self.timeout_s):
+        with self.waiting(f"broadcast_object from rank {src}"):
             dist.broadcast_object_list(box, src=src, group=self._control)
         return box[0]
 
@@ -128,16 +146,32 @@ class TorchComm:
         self._store.delete_key(f"{self._barriers - 1}/{self.rank}")
         self._barriers += 1
 
+    @contextmanager
+    def waiting(self, what: str, timeout_s: float | None = None) -> Iterator[None]:
+        """Turn the failure of a collective inside into an ``InfraError`` that says who is missing."""
+        limit = timeout_s or self.timeout_s
+        self._heartbeat.enter(what)
+        if limit != self.timeout_s:
+            limit_groups(limit)
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            raise InfraError(
+                f"rank {self.rank} of {self.world_size} gave up in {what} (deadline {limit:g} s, "
+                f"--collective_timeout): {self._heartbeat.explain()}"
+            ) from error
+        finally:
+            if limit != self.timeout_s:
+                limit_groups(self.timeout_s)
 
-@contextmanager
-def waiting(what: str, timeout_s: float):
-    """Turn the failure of a collective inside into an ``InfraError`` that says in what this rank was waiting."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-            raise
-        raise InfraError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} gave up in {what} (deadline {timeout_s:g} s, "
-            f"--collective_timeout): {error}"
-        ) from error
+    def close(self) -> None:
+        """Send no sign of life any more."""
+        self._heartbeat.stop()
+
+
+def limit_groups(timeout_s: float) -> None:
+    """Give every process group the deadline ``timeout_s``, those that libraries made for themselves too."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)

@@ -22,7 +22,7 @@ from openrlhf import device as machine
 from openrlhf.config.groups import DeepSpeedConfig, OptimConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy import deepspeed_config, rendezvous
-from openrlhf.strategy.comm import Comm, SoloComm, TorchComm
+from openrlhf.strategy.comm import Comm, SoloComm, TorchComm, limit_groups
 from openrlhf.strategy.engine import TrainEngine
 from openrlhf.strategy.optimizer import build_optimizer, build_schedule, cpu_adam_is_available
 
@@ -97,6 +97,7 @@ class DeepSpeedStrategy:
 
     def close(self) -> None:
         """Leave the process group. The strategy cannot be used afterwards."""
+        self.comm.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -140,6 +141,7 @@ class DeepSpeedStrategy:
         use_cpu_adam = offload and self._all_ranks_have_cpu_adam()
         optimizer = build_optimizer(module, optim_config, use_cpu_adam=use_cpu_adam)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._train_config())
+        limit_groups(self.config.collective_timeout)
         if self.config.zero_stage == 0:
             # DeepSpeed may have taken a step on zero gradients to allocate the state; it must not count.
             optimizer.state.clear()
@@ -156,6 +158,7 @@ class DeepSpeedStrategy:
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=module, config=self._eval_config(offload))
+        limit_groups(self.config.collective_timeout)
         engine.eval()
         return engine
 

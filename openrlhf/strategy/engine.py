@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from openrlhf.errors import DataError, NumericError
-from openrlhf.strategy.comm import waiting
 from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+
+DISK_S = 3600.0
+"""How long ranks wait for one that writes or reads a checkpoint."""
 
 
 class StepResult(NamedTuple):
@@ -58,7 +60,8 @@ class TrainEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""
-        return self.engine(*args, **kwargs)
+        with self._waiting("forward"):
+            return self.engine(*args, **kwargs)
 
     def train(self) -> TrainEngine:
         """Switch to training mode (dropout on)."""
@@ -123,7 +126,7 @@ class TrainEngine:
         """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format."""
         directory = Path(directory)
         state = {"schedule": self._schedule.state_dict()}
-        with self._waiting(f"saving {directory}"):
+        with self._waiting(f"saving {directory}", DISK_S):
             self.engine.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=state, save_latest=False
             )
@@ -136,7 +139,7 @@ class TrainEngine:
         directory = Path(directory)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such checkpoint folder")
-        with self._waiting(f"loading {directory}"), tensors_only(directory):
+        with self._waiting(f"loading {directory}", DISK_S), tensors_only(directory):
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")
@@ -144,8 +147,8 @@ class TrainEngine:
         if hasattr(self.engine.optimizer, "clip_grad"):
             self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
 
-    def _waiting(self, what: str) -> AbstractContextManager:
-        return waiting(what, self.strategy.config.collective_timeout)
+    def _waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
+        return self.strategy.comm.waiting(what, timeout_s)
 
     def _norm(self) -> float:
         """Return the norm of the last step's gradient before clipping; infinite if the step was refused."""
@@ -182,7 +185,7 @@ def named_weights(
             continue
         seen.add(id(tensor))
         copy = None
-        with strategy.gather([tensor]):
+        with strategy.comm.waiting(f"gathering {name}"), strategy.gather([tensor]):
             if wanted:
                 copy = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
         if copy is not None:

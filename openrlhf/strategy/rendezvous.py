@@ -41,6 +41,21 @@ def join(timeout: timedelta) -> None:
         ) from error
 
 
+def open_store(host: str) -> tuple[dist.TCPStore, int]:
+    """Open the store where ranks can meet, on ``host`` alone where that is an address of this machine.
+
+    It takes whatever port is free and returns it: a port that is looked up first may be taken when it is used. The
+    ranks join with ``TORCHELASTIC_USE_AGENT_STORE=True`` in their environment.
+    """
+    listener = _listener(host, 0) if _address(host) else None
+    if listener is None:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return store, store.port
+    port = listener.getsockname()[1]
+    bound = {"master_listen_fd": listener.detach()}
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, **bound), port
+
+
 def join_alone(timeout: timedelta) -> None:
     """Become the only rank, with a store inside the process: no port to find, nothing to connect to."""
     machine.stay_on_loopback()

@@ -13,7 +13,7 @@ from typing import Any
 
 from openrlhf.config.groups import CheckpointConfig
 from openrlhf.strategy.checkpoint import CheckpointManager
-from openrlhf.trainer.console import Console
+from openrlhf.trainer.console import OURS, Console
 from openrlhf.trainer.loggers import JsonlLogger, Logger
 
 
@@ -31,6 +31,9 @@ class Callback:
 
     def on_evaluate(self, trainer: Any, values: dict[str, float]) -> None:
         """Called after each evaluation."""
+
+    def on_stop(self, trainer: Any) -> str | None:
+        """Called when the run is asked to stop: keep what would be lost, and say how to go on, if this knows."""
 
     def on_end(self, trainer: Any) -> None:
         """Called after the last step."""
@@ -68,6 +71,10 @@ class Callbacks(Callback):
         """Tell each about an evaluation."""
         for callback in self._callbacks:
             callback.on_evaluate(trainer, values)
+
+    def on_stop(self, trainer: Any) -> str:
+        """Stop each, and return how to go on."""
+        return "; ".join(filter(None, [callback.on_stop(trainer) for callback in self._callbacks]))
 
     def on_end(self, trainer: Any) -> None:
         """End each."""
@@ -163,6 +170,10 @@ class MetricLogging(Callback):
         for logger in self._journal + self._others:
             logger.log("eval", trainer.global_step, trainer.epoch, values)
 
+    def on_stop(self, trainer: Any) -> None:
+        """Close the loggers."""
+        self.on_end(trainer)
+
     def on_end(self, trainer: Any) -> None:
         """Close the loggers."""
         for logger in self._journal + self._others:
@@ -181,6 +192,7 @@ class Evaluation(Callback):
         if not trainer.eval_data:
             return
         if due(trainer.global_step, every) or trainer.global_step == trainer.max_steps:
+            OURS.debug("phase: evaluation after step %d", trainer.global_step)
             trainer.evaluate()
 
 
@@ -190,6 +202,7 @@ class Checkpointing(Callback):
     def __init__(self, manager: CheckpointManager, config: CheckpointConfig, export: Callable[[Path], None]):
         """``export(folder)`` writes the present weights as a Hugging Face folder; all ranks call it."""
         self._manager, self._config, self._export = manager, config, export
+        self._on_disk = 0
 
     def restore(self, trainer: Any) -> None:
         """Take up the newest whole checkpoint under ``--load_checkpoint``; without the flag set older ones aside."""
@@ -197,6 +210,7 @@ class Checkpointing(Callback):
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
             self._manager.load(checkpoint, {"model": trainer.engine.load})
+            self._on_disk = checkpoint.step
 
     def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
         """Save when the step is due."""
@@ -204,7 +218,27 @@ class Checkpointing(Callback):
         if not due(step, self._config.save_steps):
             return
         if not self._config.disable_ds_ckpt:
-            self._manager.save(step, {"model": trainer.engine.save}, trainer.state_dict())
+            self._save(trainer)
         if self._config.save_hf_ckpt:
             trainer.before_export()
             self._manager.export(step, self._export)
+
+    def on_stop(self, trainer: Any) -> str:
+        """Save the present step, whatever the cadence, unless that is done already."""
+        if trainer.global_step and trainer.global_step != self._on_disk and not self._config.disable_ds_ckpt:
+            self._save(trainer)
+        return how_to_resume(self._config, trainer.global_step, self._on_disk)
+
+    def _save(self, trainer: Any) -> None:
+        OURS.debug("phase: save step %d", trainer.global_step)
+        self._manager.save(trainer.global_step, {"model": trainer.engine.save}, trainer.state_dict())
+        self._on_disk = trainer.global_step
+
+
+def how_to_resume(config: CheckpointConfig, step: int, on_disk: int) -> str:
+    """Return how a run that stopped after ``step`` goes on, when step ``on_disk`` (0: none) is its last checkpoint."""
+    if step == 0:
+        return "no step was done: start it again with the same command"
+    if not on_disk:
+        return "nothing was saved to go on from (--disable_ds_ckpt)"
+    return f"saved step {on_disk} in {config.ckpt_path}: add --load_checkpoint to the same command to go on"

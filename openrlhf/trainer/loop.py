@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -20,11 +21,15 @@ from torch import Tensor
 from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.sampler import StepSampler
-from openrlhf.errors import DataError, UsageError
+from openrlhf.errors import DataError, Preempted, UsageError
+from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
+
+LONG_STEP_S = 2.0
+"""A step that takes longer is left between its micro-batches when the run is asked to stop."""
 
 
 class StepOutput(NamedTuple):
@@ -43,12 +48,16 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class Position:
-    """Where a run stands: the next step is step ``step`` of ``epoch``, both counted from 0."""
+    """Where a run stands: the next step is step ``step`` of ``epoch``, both counted from 0.
+
+    ``evaluating``: the evaluation after the last step was begun and not finished.
+    """
 
     epoch: int = 0
     step: int = 0
     global_step: int = 0
     consumed_samples: int = 0
+    evaluating: bool = False
 
 
 def total_steps(rows: int, batch: BatchConfig) -> int:
@@ -86,6 +95,7 @@ class Trainer:
         self.position = Position()
         noun = "training rows {} (counted from 0, after filtering)"
         self.guard = StepGuard(engine, self.comm, batch.max_skipped_steps, noun)
+        self._step_seconds = math.inf
 
     def weight(self, batch) -> Tensor:
         """Return what the loss of ``batch`` is divided by, e.g. its loss tokens or pairs, as a scalar tensor."""
@@ -136,30 +146,59 @@ class Trainer:
 
     @final
     def fit(self) -> None:
-        """Train from the present position, which a checkpoint may have set, to the end of the last epoch."""
-        self.callbacks.restore(self)
-        self.callbacks.on_start(self)
-        self.engine.train()
-        for epoch in range(self.position.epoch, self.batch.max_epochs):
-            for rows in self.sampler.epoch(epoch, start_step=self.position.step):
-                metrics = self._train_step(rows)
-                self.callbacks.on_step_end(self, metrics)
-        self.before_export()
-        self.callbacks.on_end(self)
+        """Train from the present position, which a checkpoint may have set, to the end of the last epoch.
+
+        Raises ``Preempted`` on all ranks when one was asked to stop; the last whole step is saved then.
+        """
+        with signals.interruptible():
+            self.callbacks.restore(self)
+        with signals.held(), self.saved_when_stopped():
+            self.callbacks.on_start(self)
+            self.engine.train()
+            if self.position.evaluating:
+                self.evaluate()
+            for epoch in range(self.position.epoch, self.batch.max_epochs):
+                for rows in self.sampler.epoch(epoch, start_step=self.position.step):
+                    metrics = self._train_step(rows)
+                    self.callbacks.on_step_end(self, metrics)
+            self.leave_if_asked()
+            self.before_export()
+            self.callbacks.on_end(self)
+
+    def leave_if_asked(self) -> None:
+        """Raise ``Preempted`` on all ranks when one was asked to stop."""
+        if signals.agreed(self.comm):
+            raise Preempted("asked to stop")
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save what would be lost when the block is left by ``Preempted``, and say how to go on."""
+        try:
+            yield
+        except Preempted:
+            how = self.callbacks.on_stop(self)
+            raise Preempted(f"stopped by {signals.requested()} after step {self.global_step}; {how}") from None
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics over all evaluation rows, and tell the callbacks."""
-        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data)))
+        self.position.evaluating = True
+        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data), leave=True))
+        self.position.evaluating = False
         self.callbacks.on_evaluate(self, values)
         return values
 
     @torch.no_grad()
-    def measure(self, data: Any, n_rows: int) -> dict[str, Mean]:
-        """Return the metrics of the first ``n_rows`` of ``data``, over all ranks, in evaluation mode."""
+    def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
+        """Return the metrics of the first ``n_rows`` of ``data``, over all ranks, in evaluation mode.
+
+        ``leave``: it may be left half done when the run is asked to stop.
+        """
         micro = self.batch.micro_train_batch_size
         sums = MetricSums()
         self.engine.eval()
         for step in self._sampler(n_rows, micro * self.strategy.world_size, shuffle=False).epoch(0):
+            if leave:
+                self.leave_if_asked()
             for rows in step:
                 sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=bool(rows))
         self.engine.train()
@@ -214,13 +253,19 @@ class Trainer:
 
     def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
         """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
-        began = time.perf_counter()
-        totals, losses, again = self._accumulate(rows)
+        began, generators = time.perf_counter(), machine.rng_state()
+        try:
+            totals, losses, again = self._accumulate(rows)
+        except Preempted:
+            # The run goes on with this very step, from the random numbers that it began with.
+            machine.set_rng_state(generators)
+            raise
         tokens = totals.pop("tokens").total
         result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()
-        seconds = time.perf_counter() - began
-        pace = {"tokens_per_second": tokens / seconds, "time/step": seconds, **machine.memory_metrics()}
+        self._step_seconds = time.perf_counter() - began
+        pace = {"tokens_per_second": tokens / self._step_seconds, "time/step": self._step_seconds}
+        pace |= machine.memory_metrics()
         if result is None:
             return {"skipped_steps": 1.0, "lr": self.engine.lr, **pace}
         step = {"lr": result.lr, "grad_norm": result.grad_norm}
@@ -233,10 +278,12 @@ class Trainer:
         """
         batches = [self._collate(self.train_data, micro) for micro in rows]
         self.prepare(batches)
-        weight, micro_batches = self._step_weight(rows, batches)
+        weight, micro_batches, is_long = self._agree_on_step(rows, batches)
         share = weight / micro_batches
         sums, losses = MetricSums(), []
         for micro, batch in zip(rows, batches, strict=True):
+            if is_long:
+                self.leave_if_asked()
             loss, metrics = self._loss(micro, batch, share)
             self.engine.backward(loss, weight)
             losses.append(loss.detach())
@@ -257,16 +304,23 @@ class Trainer:
     def _loss_alone(self, *arguments: Any) -> Tensor:
         return self._loss(*arguments)[0]
 
-    def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
-        """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""
+    def _agree_on_step(self, rows: list[list[int]], batches: list) -> tuple[float, float, bool]:
+        """Return the weight of the step over all ranks, its micro-batches with rows, and whether it may take long.
+
+        The same sum tells whether a rank was asked to stop: asking costs nothing.
+        """
         weights = [self.weight(batch) for micro, batch in zip(rows, batches, strict=True) if micro]
-        total = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
+        total = torch.zeros(4, dtype=torch.float64, device=self.strategy.device)
         if weights:
             total[0], total[1] = torch.stack(weights).sum(), len(weights)
-        weight, micro_batches = self.comm.all_reduce(total).tolist()
+        total[2], total[3] = signals.requested() is not None, self._step_seconds > LONG_STEP_S
+        weight, micro_batches, asked, long = self.comm.all_reduce(total).tolist()
+        if asked:
+            signals.ask(signals.ELSEWHERE)
+            raise Preempted("asked to stop")
         if weight == 0:
             raise DataError(f"step {self.global_step + 1}: none of its rows has anything to learn from")
-        return weight, micro_batches
+        return weight, micro_batches, long > 0
 
     def _advance(self) -> None:
         here = self.position

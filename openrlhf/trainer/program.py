@@ -12,13 +12,17 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
+from openrlhf.trainer.loop import Trainer
 from openrlhf.trainer.report import write_report
 from openrlhf.trainer.setup import Run
 
 
 @contextmanager
 def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
-    """Join the ranks of a supervised command and leave them at the end of the block."""
+    """Join the ranks of a supervised command and leave them at the end of the block.
+
+    Not after an error: to leave in good order a rank would wait for the others, which may be gone.
+    """
     strategy = DeepSpeedStrategy(
         config.deepspeed,
         bf16=config.model.bf16,
@@ -27,10 +31,8 @@ def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
         seed=config.batch.seed,
     )
     strategy.setup_distributed()
-    try:
-        yield strategy
-    finally:
-        strategy.close()
+    yield strategy
+    strategy.close()
 
 
 def supervised_callbacks(
@@ -58,10 +60,18 @@ def supervised_callbacks(
     ]
 
 
-def finish_run(config: Any, run: Run, strategy: DeepSpeedStrategy, export: Callable[[Path], None]) -> None:
-    """Export the model to ``--save_path``, write the report, and say where both are."""
+def finish_run(
+    config: Any, run: Run, strategy: DeepSpeedStrategy, export: Callable[[Path], None], trainer: Trainer
+) -> None:
+    """Export the model to ``--save_path``, write the report, and say where both are.
+
+    Asked to stop meanwhile, it ends all this, saves the last step too, and raises ``Preempted`` as ``trainer.fit``.
+    """
     path = Path(config.checkpoint.save_path)
-    export(path)
-    if strategy.rank == 0:
-        report = write_report(run.path)
-        run.say(f"done: model in {path}, report in {report}")
+    with trainer.saved_when_stopped():
+        run.phase("export")
+        export(path)
+        if strategy.rank == 0:
+            report = write_report(run.path)
+            run.say(f"done: model in {path}, report in {report}")
+        trainer.leave_if_asked()

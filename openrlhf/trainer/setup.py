@@ -38,6 +38,10 @@ class Run:
         for line in lines:
             OURS.info(line)
 
+    def phase(self, name: str) -> None:
+        """Note in the log what the run begins to do, for who wonders where it stands or stopped."""
+        OURS.debug("phase: %s", name)
+
 
 @contextmanager
 def open_run(config: Any, program: str) -> Iterator[Run]:

@@ -199,6 +199,33 @@ def absent_from_barrier() -> str:
     return "no error"
 
 
+def absent_from_a_step(how: str, victim: int, stage: int) -> tuple[str, float]:
+    """Return what the other rank says, and after how many seconds, when ``victim`` does not come to the second step.
+
+    ``how``: it is ``"stopped"`` (SIGSTOP), ``"killed"``, or ``"busy"`` with something else.
+    """
+    import os
+    import signal
+    import time
+
+    strategy = strategy_of(zero_stage=stage, collective_timeout=4)
+    engine = engine_of(strategy)
+    run_step(engine, strategy, 0, 2)
+    pids = strategy.comm.all_gather_object(os.getpid())
+    if strategy.rank == victim:
+        if how == "busy":
+            time.sleep(30)
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        run_step(engine, strategy, 1, 2)
+    except InfraError as error:
+        return str(error), time.monotonic() - began
+    finally:
+        os.kill(pids[victim], signal.SIGKILL)
+    return "no error", 0.0
+
+
 def slow_rank_zero(folder: str) -> str:
     """Return the checkpoint that is there although rank 0 writes for three times the collective timeout."""
     import time

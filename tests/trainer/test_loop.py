@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, OptimConfig
-from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.errors import DataError, NumericError, Preempted, UsageError
+from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.trainer import loop as loop_file
 from openrlhf.trainer.alarms import Alarms, loss_alarms
-from openrlhf.trainer.callbacks import Callback, Checkpointing
+from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation
 from openrlhf.trainer.loop import StepOutput, Trainer, total_steps
 
 
@@ -53,12 +55,17 @@ class ToyData:
 
 
 class ToyTrainer(Trainer):
-    """Brings a weighted mean of squares down."""
+    """Brings a weighted mean of squares down; the run is asked to stop in the forward of number ``asked_at``."""
+
+    asked_at, forwards = None, 0
 
     def weight(self, batch):
         return batch.weights.sum()
 
     def compute_loss(self, batch):
+        self.forwards += 1
+        if self.forwards == self.asked_at:
+            signals.ask("SIGTERM")
         loss = (batch.weights * self.engine(batch.inputs).squeeze(-1).square()).sum()
         return StepOutput(loss, loss.new_zeros(()), {"loss": (loss, batch.weights.sum())})
 
@@ -253,3 +260,65 @@ def test_a_position_in_other_data_or_batches_is_refused(strategy):
     rows, batch = error.value.problems
     assert "with rows 10, this run has 11" in rows
     assert "with train_batch_size 4, this run has 5" in batch
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    """Nobody has asked this process to stop, and nobody will have after the test."""
+    monkeypatch.setattr(signals, "_state", signals._State())
+    return lambda: monkeypatch.setattr(signals, "_state", signals._State())
+
+
+# Forwards 1-5 are step 1, 6-10 step 2, 11-13 its evaluation, 14-18 step 3, 19-23 step 4, 24-26 its evaluation.
+@pytest.mark.parametrize(
+    ("asked_at", "done", "left"),
+    [(3, 0, 26), (8, 1, 21), (10, 2, 16), (12, 2, 16), (13, 2, 13), (21, 3, 8), (26, 4, 0)],
+)
+def test_asked_to_stop_anywhere_it_saves_the_last_whole_step_and_goes_on_bit_for_bit(
+    strategy, tmp_path, monkeypatch, unasked, asked_at, done, left
+):
+    monkeypatch.setattr(loop_file, "LONG_STEP_S", -1.0)
+    data = {"batch": 5, "micro": 1, "dropout": 0.5, "eval_data": ToyData(3)}
+    whole, steps = toy(strategy, **data, callbacks=[Evaluation(2)])
+    whole.fit()
+    for load in (False, True):
+        unasked()
+        saving = checkpointing(strategy, tmp_path, load_checkpoint=load)
+        part, rest = toy(strategy, **data, callbacks=[Evaluation(2), saving])
+        if not load:
+            part.asked_at, first = asked_at, rest
+            with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {done}; ") as stop:
+                part.fit()
+            assert ("--load_checkpoint" in str(stop.value)) == bool(done)
+    part.fit()
+    assert torch.equal(weights_of(part), weights_of(whole))
+    assert part.forwards == left
+    assert timeless(first.steps + rest.steps) == timeless(steps.steps)
+
+
+def timeless(rows):
+    pace = ("tokens_per_second", "time/step")
+    return [{name: value for name, value in row.items() if name not in pace} for row in rows]
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(strategy, tmp_path, unasked):
+    class AskAfter(Callback):
+        def on_step_end(self, trainer, metrics):
+            if trainer.global_step == 2:
+                signals.ask("SIGTERM")
+
+    trainer, _ = toy(strategy, callbacks=[checkpointing(strategy, tmp_path, save_steps=2), AskAfter()])
+    saved = []
+    monitor = trainer.engine.save
+    trainer.engine.save = lambda folder: (saved.append(folder.parent.name), monitor(folder))
+    with pytest.raises(Preempted, match="after step 2; saved step 2"):
+        trainer.fit()
+    assert saved == ["global_step2.tmp"]
+
+
+def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_left(strategy, tmp_path, unasked):
+    trainer, _ = toy(strategy, callbacks=[checkpointing(strategy, tmp_path, disable_ds_ckpt=True)])
+    trainer.asked_at = 5
+    with pytest.raises(Preempted, match="nothing was saved to go on from"):
+        trainer.fit()
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,8 @@ from typing import Any
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import InfraError
 from openrlhf.strategy.checkpoint import CheckpointManager, rng_file
-from openrlhf.trainer.callbacks import Callback, due
+from openrlhf.trainer.callbacks import Callback, due, how_to_resume
+from openrlhf.trainer.console import OURS
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
@@ -34,6 +35,7 @@ class PPOCheckpointing(Callback):
         self._config = config.checkpoint
         self._roles = roles
         self._manager = manager
+        self._on_disk = 0
 
     def restore(self, trainer: Any) -> None:
         """Load the newest checkpoint under ``--load_checkpoint``; else set older ones aside."""
@@ -41,6 +43,7 @@ class PPOCheckpointing(Callback):
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
             self._manager.load(checkpoint, self._each_role(PolicyWorker.load, CriticWorker.load))
+            self._on_disk = checkpoint.step
 
     def on_step_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Save when the step is due."""
@@ -50,7 +53,18 @@ class PPOCheckpointing(Callback):
         if self._config.save_hf_ckpt:
             self._manager.export(step, _calls(self._roles.policy, PolicyWorker.export))
         if not self._config.disable_ds_ckpt:
-            self._manager.save(step, self._savers(), trainer.state_dict())
+            self._save(trainer)
+
+    def on_stop(self, trainer: Any) -> str:
+        """Save the present step, whatever the cadence, unless that is done already."""
+        if trainer.global_step and trainer.global_step != self._on_disk and not self._config.disable_ds_ckpt:
+            self._save(trainer)
+        return how_to_resume(self._config, trainer.global_step, self._on_disk)
+
+    def _save(self, trainer: Any) -> None:
+        OURS.debug("phase: save step %d", trainer.global_step)
+        self._manager.save(trainer.global_step, self._savers(), trainer.state_dict())
+        self._on_disk = trainer.global_step
 
     def _each_role(self, actor: Callable, critic: Callable) -> dict[str, Callable[[Path], None]]:
         """Return what saves or loads each role that learns, by the name of its folder."""

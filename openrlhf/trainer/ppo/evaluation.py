@@ -108,6 +108,7 @@ class Evaluator:
         ``reward_auc_t1`` is how often the reward puts a better answer above a worse one (:func:`pair_accuracy`).
         """
         values: dict[str, float] = {}
+        answers = []
         for temperature in self.config.evaluation.eval_temperature:
             rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
             scores, true_scores = self.maker.score(rollouts)
@@ -119,8 +120,10 @@ class Evaluator:
                 values[f"true_score_{name}"] = sum(true_scores) / rows
                 agreement = pair_accuracy(scores, true_scores)
                 values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
-            if when in ("before", "after"):
-                self.samples.write(when, step, rollouts, scores, true_scores, SHOWN, temperature)
+            answers.append((rollouts, scores, true_scores, SHOWN, temperature))
+        # Only now: an evaluation that is broken off and repeated leaves nothing behind.
+        for shown in answers if when in ("before", "after") else ():
+            self.samples.write(when, step, *shown)
         return values
 
     def _sampling(self, temperature: float) -> SamplingParams:

@@ -15,6 +15,7 @@ from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
+from openrlhf.strategy import signals
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
@@ -190,7 +191,8 @@ class ExperienceMaker:
             prompt.text if query.startswith(prompt.text) else head
             for query, prompt, head in zip(queries, prompts, heads, strict=True)
         ]
-        return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
+        with signals.interruptible():
+            return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None

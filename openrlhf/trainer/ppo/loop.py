@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.errors import DataError, NumericError, Preempted, UsageError
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.strategy import signals
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.console import OURS
 from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
@@ -69,6 +71,7 @@ class PPOLoop:
         self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
         self.callbacks = Callbacks(callbacks)
         self.global_step = 0
+        self._evaluating = False
         self._seconds: dict[str, float] = {}
         self._engine_sleeps = False
 
@@ -98,26 +101,54 @@ class PPOLoop:
         return self.evaluator.prompts
 
     def fit(self) -> None:
-        """Train from the present position, which a checkpoint may have set, to the end of the last episode."""
-        self.callbacks.restore(self)
-        self.callbacks.on_start(self)
-        self.evaluator.samples.start(self.global_step)
-        self._sync()
-        if self.global_step == 0 and self.eval_data:
-            self.evaluate()
-        for prompts in self.prompt_batches():
-            began = time.perf_counter()
+        """Train from the present position, which a checkpoint may have set, to the end of the last episode.
+
+        Raises ``Preempted`` when the run was asked to stop: a rollout or an evaluation that is under way is dropped,
+        since its seeds repeat it, an update is finished, and the last whole step is saved.
+        """
+        with signals.interruptible():
+            self.callbacks.restore(self)
+        with signals.held(), self.saved_when_stopped():
+            self.callbacks.on_start(self)
+            self.evaluator.samples.start(self.global_step)
+            self._sync()
+            if self.eval_data and (self.global_step == 0 or self._evaluating):
+                self.evaluate()
+            for prompts in self.prompt_batches():
+                self._step(prompts)
+            self.leave_if_asked()
+            self.callbacks.on_end(self)
+
+    def _step(self, prompts: list[Prompt]) -> None:
+        """Do one rollout step."""
+        began = time.perf_counter()
+        with signals.droppable():
             rollouts = self._generate(prompts)
             with self._clock("make_experience"):
                 experiences = self.maker.make(rollouts)
-            with self._clock("train"):
-                learned = self.update(experiences)
-            self.global_step += 1
-            self._sync()
-            self._keep_samples(experiences)
-            metrics = {**experiences.metrics, **learned, **self._times(time.perf_counter() - began)}
-            self.callbacks.on_step_end(self, metrics)
-        self.callbacks.on_end(self)
+        with self._clock("train"):
+            learned = self.update(experiences)
+        self.global_step += 1
+        self._sync()
+        self._keep_samples(experiences)
+        metrics = {**experiences.metrics, **learned, **self._times(time.perf_counter() - began)}
+        self.callbacks.on_step_end(self, metrics)
+
+    def leave_if_asked(self) -> None:
+        """Raise ``Preempted`` when the run was asked to stop."""
+        if signals.requested():
+            raise Preempted("asked to stop")
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save what would be lost when the block is left because the run was asked to stop, and say how to go on."""
+        try:
+            yield
+        except (Preempted, KeyboardInterrupt):
+            if not signals.requested():
+                raise
+            how = self.callbacks.on_stop(self)
+            raise Preempted(f"stopped by {signals.requested()} after step {self.global_step}; {how}") from None
 
     def prompt_batches(self) -> Iterator[list[Prompt]]:
         """Yield the prompts of the steps that are left; every episode has an order of its own."""
@@ -168,7 +199,10 @@ class PPOLoop:
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the evaluation prompts, and tell the callbacks."""
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
-        values = self.evaluator.evaluate(self.global_step, when)
+        self._evaluating = True
+        with signals.droppable():
+            values = self.evaluator.evaluate(self.global_step, when)
+        self._evaluating = False
         self.callbacks.on_evaluate(self, values)
         return values
 
@@ -177,6 +211,7 @@ class PPOLoop:
         return {
             "global_step": self.global_step,
             "policy_version": self.global_step,
+            "evaluating": self._evaluating,
             "kl_controller": self.maker.kl_controller.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
@@ -194,6 +229,7 @@ class PPOLoop:
         if problems:
             raise UsageError(problems)
         self.global_step = int(state["global_step"])
+        self._evaluating = bool(state.get("evaluating", False))
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
@@ -244,6 +280,7 @@ class PPOLoop:
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:
+        OURS.debug("phase: %s, after step %d", phase, self.global_step)
         began = time.perf_counter()
         yield
         self._seconds[phase] = time.perf_counter() - began

@@ -144,12 +144,18 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
     ]
 
 
-def finish_run(config: PPOConfig, run: Run, roles: Roles) -> None:
-    """Export the policy to ``--save_path`` and with ``--save_value_network`` the critic, and write the report."""
-    path = str(Path(config.checkpoint.save_path).expanduser().absolute())
-    roles.policy.get(roles.policy.run(PolicyWorker.export, path=path))
-    run.say(f"model in {path}")
-    if config.save_value_network and roles.critic:
-        roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
-        run.say(f"critic in {path}_critic")
-    run.say(f"report in {write_report(run.path)}")
+def finish_run(config: PPOConfig, run: Run, loop: PPOLoop) -> None:
+    """Export the policy to ``--save_path`` and with ``--save_value_network`` the critic, and write the report.
+
+    Asked to stop meanwhile, it ends all this, saves the last step too, and raises ``Preempted`` as ``loop.fit``.
+    """
+    path, roles = str(Path(config.checkpoint.save_path).expanduser().absolute()), loop.roles
+    with loop.saved_when_stopped():
+        run.phase("export")
+        roles.policy.get(roles.policy.run(PolicyWorker.export, path=path))
+        run.say(f"model in {path}")
+        if config.save_value_network and roles.critic:
+            roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
+            run.say(f"critic in {path}_critic")
+        run.say(f"report in {write_report(run.path)}")
+        loop.leave_if_asked()

@@ -11,8 +11,9 @@ import torch
 
 from openrlhf.config.groups import CheckpointConfig, LoggingConfig
 from openrlhf.config.ppo import EvalConfig, PPOModelConfig, PPOOptimConfig, RewardConfig
-from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.errors import DataError, NumericError, Preempted, UsageError
 from openrlhf.rollout.types import SamplingParams
+from openrlhf.strategy import signals
 from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
 from openrlhf.trainer.callbacks import Callbacks
 from openrlhf.trainer.ppo.experience import build_kl_controller
@@ -136,6 +137,53 @@ def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator):
         assert torch.equal(weight, policy_weights(loop)[name])
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+
+
+class AskingEngine:
+    """The engine of a loop; the run is asked to stop when it generates for the ``asked_at``-th time."""
+
+    def __init__(self, engine, asked_at: int):
+        self.engine, self.asked_at, self.calls = engine, asked_at, 0
+
+    def generate(self, prompts, sampling):
+        self.calls += 1
+        if self.calls == self.asked_at:
+            signals.ask("SIGTERM")
+        return self.engine.generate(prompts, sampling)
+
+    def sleep(self):
+        self.engine.sleep()
+
+    def wake_up(self):
+        self.engine.wake_up()
+
+
+# The 1st generation is the evaluation before, then come step 1, its evaluation, step 2 and so on.
+@pytest.mark.parametrize(("asked_at", "done"), [(2, 0), (3, 1), (6, 2), (9, 4)])
+def test_asked_to_stop_it_drops_the_rollout_and_goes_on_bit_for_bit(tmp_path, monkeypatch, asked_at, done):
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2)
+    evaluation = EvalConfig(eval_temperature=(1.0,))
+    config = replace(config, evaluation=evaluation, logging=replace(config.logging, eval_steps=1))
+    whole, recorder = local_loop(config, eval_prompts=4)
+    whole.fit()
+    lines = (tmp_path / "run" / "samples.jsonl").read_text()
+
+    monkeypatch.setattr(signals, "_state", signals._State())
+    stopped, first = local_loop(config, eval_prompts=4)
+    stopped.engine = stopped.evaluator.engine = AskingEngine(stopped.engine, asked_at)
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {done}; "):
+        stopped.fit()
+    monkeypatch.setattr(signals, "_state", signals._State())
+    resumed = replace(config, checkpoint=replace(config.checkpoint, load_checkpoint=True))
+    loop, second = local_loop(resumed, eval_prompts=4)
+    loop.fit()
+
+    assert (len(second.steps), loop.global_step) == (4 - done, 4)
+    evaluated = dict(first.evaluations + second.evaluations)
+    assert evaluated == dict(recorder.evaluations)
+    for name, weight in policy_weights(whole).items():
+        assert torch.equal(weight, policy_weights(loop)[name])
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == lines
 
 
 def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
