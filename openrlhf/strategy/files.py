@@ -49,19 +49,44 @@ def tree_size(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return ``path`` or its nearest parent that is there. Raises ``NotADirectoryError`` if that is a file."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder")
+    return there
+
+
+def probe(folder: Path) -> None:
+    """Write a small file to ``folder``, bring it to the disk and remove it. Raises ``OSError`` when that fails."""
+    path = folder / f".openrlhf-probe-{os.getpid()}"
+    try:
+        write_durably(path, "probe")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with what is in it, or a file; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def publish_folder(staging: Path, target: Path) -> None:
     """Rename the whole folder ``staging`` to ``target``; an older ``target`` is kept as ``.old`` until
     that is done.
     """
     old = target.with_name(target.name + ".old")
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
     if target.exists():
         target.rename(old)
     staging.rename(target)
     fsync(target.parent)
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
 
 
 def publish_model(staging: Path, target: Path) -> None:

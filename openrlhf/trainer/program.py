@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openrlhf.config.continuing import training_flags
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
@@ -49,7 +50,9 @@ def supervised_callbacks(
         ),
         Evaluation(config.logging.eval_steps),
         Checkpointing(
-            CheckpointManager(config.checkpoint, strategy.comm, layout=strategy.layout, say=run.say),
+            CheckpointManager(
+                config.checkpoint, strategy.comm, layout=strategy.layout, flags=training_flags(config), say=run.say
+            ),
             config.checkpoint,
             export,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from openrlhf.config.continuing import training_flags
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.blending import load_mixture, required_keys
 from openrlhf.datasets.prompts import PromptDataset
@@ -87,7 +88,13 @@ def build_loop(
 
 def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
     """Return the callbacks of a PPO command in their order."""
-    layout = checkpoint_layout(config, roles)
+    manager = CheckpointManager(
+        config.checkpoint,
+        SoloComm(),
+        layout=checkpoint_layout(config, roles),
+        flags=training_flags(config),
+        say=run.say,
+    )
     return [
         ProgressLine(run.console, SHOWN),
         MetricLogging(
@@ -96,7 +103,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
             config.logging.logging_steps,
         ),
         Evaluation(config.logging.eval_steps),
-        PPOCheckpointing(config, roles, CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=run.say)),
+        PPOCheckpointing(config, roles, manager),
     ]
 
 
