@@ -158,6 +158,9 @@ class CheckpointManager:
                 saver(folder / name)
             save_rng(folder, self.comm.rank)
         except OpenRLHFError:
+            # Several ranks may fail one by one, so nothing is agreed on; the next start removes what is left then.
+            if self.comm.world_size == 1:
+                files.remove(folder)
             raise
         except (OSError, RuntimeError) as error:
             problem = f"rank {self.comm.rank}: {error}"
