@@ -294,6 +294,11 @@ class PPOConfig:
             )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        if self.checkpoint.use_ds_universal_ckpt:
+            found.append(
+                "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "
+                "resume with the ranks and the --zero_stage that the checkpoint was saved with"
+            )
         if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:
             found.append("--zero_stage 3 cannot generate with the policy: set --vllm_num_engines, or use stage 2")
         if self.rollout.max_len and self.rollout.max_len <= self.rollout.prompt_max_len:

@@ -21,7 +21,7 @@ from typing import Any
 
 from openrlhf.config.groups import CheckpointConfig
 from openrlhf.errors import DataError, InfraError, OpenRLHFError
-from openrlhf.strategy import files, manifests, retention
+from openrlhf.strategy import files, manifests, retention, universal
 from openrlhf.strategy.agreement import flag_lines, layout_differs
 from openrlhf.strategy.comm import Comm
 from openrlhf.strategy.disk import GIB, SharedDisk
@@ -163,7 +163,7 @@ class CheckpointManager:
                 files.remove(folder)
             raise
         except (OSError, RuntimeError) as error:
-            problem = f"rank {self.comm.rank}: {error}"
+            problem = f"rank {self.comm.rank}: {files.why(error)}"
         self._disk.agree(problem, f"write checkpoint {step} to", folder)
         return self.commit(step, state, score)
 
@@ -221,12 +221,31 @@ class CheckpointManager:
     def load(self, checkpoint: Checkpoint, roles: Mapping[str, Handler]) -> dict[str, Any]:
         """Give each loader its role's folder, restore the random state of this rank, and return the stored state.
 
-        A rank that the checkpoint does not know, because it was written by fewer, keeps its own random state.
+        Of a checkpoint with another layout each role is converted first. Its random state belongs to other ranks, so
+        every rank goes on with its own.
         """
         for name, loader in roles.items():
-            loader(checkpoint.role(name))
-        load_rng(checkpoint.path, self.comm.rank)
+            if checkpoint.converted:
+                self._load_converted(checkpoint.role(name), loader)
+            else:
+                loader(checkpoint.role(name))
+        if not checkpoint.converted:
+            load_rng(checkpoint.path, self.comm.rank)
         return checkpoint.state
+
+    def _load_converted(self, source: Path, loader: Handler) -> None:
+        """Load a role from a copy cut for this layout, which is removed afterwards."""
+        staging = self.root / f"{source.parent.name}.tmp"
+
+        def convert() -> None:
+            retention.clean(self.root)
+            staging.mkdir()
+            universal.convert(source, staging / source.name)
+
+        self._disk.on_main(convert, f"convert {source} in", staging)
+        loader(staging / source.name)
+        self.comm.barrier(f"load {staging}", self._disk.wait_s)
+        self._disk.on_main(lambda: files.remove(staging), "clean up")
 
     def _candidates(self) -> list[str]:
         """Clean up and return the names of the checkpoints, oldest first; exports are none."""
@@ -254,6 +273,8 @@ class CheckpointManager:
             raise InfraError(
                 f"the ranks do not see the same {path / MANIFEST}: put --ckpt_path on a shared disk ({views})"
             )
+        if problem is None and manifest["step"] != retention.step_of(path):
+            problem = f"its manifest is of step {manifest['step']}"
         if problem is None:
             problem = manifests.first_damage(path, manifest["files"], self.comm.rank, self.comm.world_size)
             self.comm.barrier(f"verify {path.name}", self._disk.wait_s)

@@ -18,6 +18,7 @@ from torch import nn
 from openrlhf.errors import DataError, NumericError
 from openrlhf.strategy.comm import waiting
 from openrlhf.strategy.deferred import write_after
+from openrlhf.strategy.universal import reading_universal
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -127,7 +128,7 @@ class TrainEngine:
             raise DataError(f"{directory}: no such checkpoint folder")
         given = [{name: group[name] for name in HYPERPARAMETERS} for group in self._optimizer.param_groups]
         rates = list(self._schedule.base_lrs)
-        with self._waiting(f"loading {directory}"):
+        with self._waiting(f"loading {directory}"), reading_universal(self.engine, directory):
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")

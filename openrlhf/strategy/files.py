@@ -49,6 +49,13 @@ def tree_size(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
+def why(error: Exception) -> str:
+    """Return what kept a file from being written; torch reports a full disk by positions in the file."""
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error)):
+        return f"a file was cut short: no space left, or a quota or a limit on file sizes was met ({error})"
+    return str(error)
+
+
 def nearest_folder(path: Path) -> Path:
     """Return ``path`` or its nearest parent that is there. Raises ``NotADirectoryError`` if that is a file."""
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())

@@ -19,10 +19,13 @@ def checkpoint_bytes(engine: Any) -> tuple[int, int]:
         (getattr(param, "ds_numel", param.numel()), param.element_size(), param.requires_grad)
         for param in engine.module.parameters()
     ]
+    stage = engine.strategy.config.zero_stage
     weights = sum(count * width for count, width, _ in sizes)
     trained = sum(count for count, _, learns in sizes if learns)
-    plain = engine.strategy.config.zero_stage == 0 and not engine.strategy.bf16
-    return weights + trained * (MOMENTS if plain else MOMENTS + MASTER), weights
+    # Stage 3 writes the trained weights once, as the optimizer's fp32 ones.
+    written = sum(count * width for count, width, learns in sizes if stage < 3 or not learns)
+    plain = stage == 0 and not engine.strategy.bf16
+    return written + trained * (MOMENTS if plain else MOMENTS + MASTER), weights
 
 
 def shortage(root: Path, config: CheckpointConfig, step_bytes: int, saves: int, scored: bool) -> str | None:

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,11 @@ class Supervised(Run):
 
         strategy = DeepSpeedStrategy(DeepSpeedConfig(zero_stage=1), bf16=False, micro_batch_size=1)
         strategy.setup_distributed()
-        saving = checkpointing(
-            strategy, folder, save_steps=1, max_ckpt_num=2, save_hf_ckpt=True, load_checkpoint=True
-        )
+        saving = checkpointing(strategy, folder, save_steps=1, max_ckpt_num=2, save_hf_ckpt=True, load_checkpoint=True)
         watched = Watched(saving, operations, folder)
         trainer, _ = toy(strategy, dropout=0.5, epochs=3, callbacks=[watched, CutAfter(stop_after)])
-        try:
+        with suppress(Cut):
             trainer.fit()
-        except Cut:
-            pass
         return watched.first, trainer.global_step, weights_of(trainer).tolist()
 
 
@@ -185,16 +181,14 @@ class PPO(Run):
         evaluation, saving, _ = loop.callbacks._callbacks
         watched = Watched(saving, operations, folder)
         loop.callbacks = Callbacks([evaluation, watched, recorder])
-        try:
+        with suppress(KeyboardInterrupt):
             loop.fit()
-        except KeyboardInterrupt:
-            pass
         workers = (loop.roles.policy.worker, loop.roles.critic.worker)
         weights = [tensor.double().sum().item() for worker in workers for _, tensor in worker.engine.named_weights()]
         return watched.first, loop.global_step, weights
 
 
-def Watched(saving: Any, operations: Operations | None, folder: Path) -> Any:  # noqa: N802
+def Watched(saving: Any, operations: Operations | None, folder: Path) -> Any:
     """Return a callback that does what ``saving`` does, counts its first save, and writes down what it saved."""
     from openrlhf.trainer.callbacks import Callback
 
@@ -237,7 +231,12 @@ def drill_operations(run: Run, folder: Path, every: int) -> dict[str, Any]:
         status, _ = forked(lambda at=at, copy=copy: run.whole(copy, step, Operations(at)))
         first, last, weights = result_of(lambda copy=copy: run.whole(copy, None))
         leftovers = [path.name for path in copy.iterdir() if path.name.endswith((".tmp", ".old", ".part"))]
-        if status != signal.SIGKILL or first not in (step, step + 1) or (last, weights) != (steps, expected) or leftovers:
+        if (
+            status != signal.SIGKILL
+            or first not in (step, step + 1)
+            or (last, weights) != (steps, expected)
+            or leftovers
+        ):
             torn.append((at, names[at - 1], status, first, leftovers))
     return {"operations": len(names), "killed": len(points), "torn": torn, "kinds": sorted(set(names))}
 

@@ -1,6 +1,5 @@
 """A checkpoint is whole or not there, damage is found before anything is loaded, and the newest always stays."""
 
-import json
 import os
 import random
 import shutil
@@ -101,46 +100,6 @@ def test_what_a_kill_left_of_an_export_is_removed_at_the_next_start(tmp_path):
         (tmp_path / name).mkdir()
     manager(tmp_path, load_checkpoint=True).start()
     assert names(tmp_path) == []
-
-
-def damages():
-    def flip(path):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data))
-
-    def edit_manifest(folder):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["state"]["step"] = 99
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-    return {
-        "a flipped bit in weights": lambda folder: flip(folder / "actor" / "weights.bin"),
-        "a flipped bit in random state": lambda folder: flip(folder / "rng" / "rank0.pt"),
-        "a flipped bit in the manifest": lambda folder: flip(folder / "manifest.json"),
-        "a changed state": edit_manifest,
-        "a shortened file": lambda folder: os.truncate(folder / "critic" / "weights.bin", 3),
-        "an emptied file": lambda folder: os.truncate(folder / "critic" / "optim.bin", 0),
-        "a missing file": lambda folder: (folder / "actor" / "optim.bin").unlink(),
-        "a missing role": lambda folder: shutil.rmtree(folder / "critic"),
-        "a missing manifest": lambda folder: (folder / "manifest.json").unlink(),
-        "an emptied manifest": lambda folder: os.truncate(folder / "manifest.json", 0),
-        "another file's content": lambda folder: shutil.copy(folder / "critic" / "weights.bin", folder / "actor"),
-        "a link that leads outside": lambda folder: (
-            (folder / "actor" / "optim.bin").unlink(),
-            (folder / "actor" / "optim.bin").symlink_to("/etc/hostname"),
-        ),
-    }
-
-
-@pytest.mark.parametrize("damage", damages(), ids=str)
-def test_damage_is_found_and_an_older_whole_checkpoint_is_used(damage, tmp_path):
-    keeper = manager(tmp_path, said := [])
-    for step in (1, 2):
-        save(keeper, step, size=64)
-    damages()[damage](tmp_path / "global_step2")
-    assert keeper.latest().step == 1
-    assert "global_step2 is damaged" in said[0]
 
 
 def test_when_no_checkpoint_is_whole_the_run_stops_and_names_them(tmp_path):
@@ -307,3 +266,9 @@ def test_ranks_wait_for_a_rank_zero_that_writes_longer_than_the_collective_timeo
 def test_ranks_that_do_not_share_a_disk_are_told_so(tmp_path):
     for message in run_ranks("tests.strategy.programs:different_disks", 2, folder=str(tmp_path)):
         assert message.startswith("InfraError") and "--ckpt_path" in message
+
+
+@pytest.mark.full
+def test_a_rank_that_sees_another_checkpoint_of_the_same_name_is_an_error(tmp_path):
+    for message in run_ranks("tests.strategy.programs:other_checkpoint_on_one_rank", 2, folder=str(tmp_path)):
+        assert message.startswith("InfraError") and "do not see the same" in message and "--ckpt_path" in message
