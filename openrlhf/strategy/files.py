@@ -10,6 +10,8 @@ from pathlib import Path
 BLOCK = 1 << 22
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 INDEX_SUFFIX = ".index.json"
+# What torch.save says when the disk takes no more.
+CUT_SHORT = ("inline_container", "StreamWriter", "iostream error")
 
 
 def sha256(path: Path) -> str:
@@ -50,8 +52,8 @@ def tree_size(root: Path) -> int:
 
 
 def why(error: Exception) -> str:
-    """Return what kept a file from being written; torch reports a full disk by positions in the file."""
-    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error)):
+    """Return what kept a file from being written; torch reports a full disk by where in the file it stopped."""
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in CUT_SHORT):
         return f"a file was cut short: no space left, or a quota or a limit on file sizes was met ({error})"
     return str(error)
 

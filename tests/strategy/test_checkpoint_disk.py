@@ -1,4 +1,4 @@
-"""A disk that is full, small or refuses: the last whole checkpoint stays, the message says why, the next save works."""
+"""A disk that is full, small or refuses: the last whole checkpoint stays, the message says why, the next one works."""
 
 import errno
 import resource
