@@ -253,6 +253,24 @@ def slow_rank_zero(folder: str) -> str:
     return manager.latest().path.name
 
 
+def slow_weights(folder: str) -> str:
+    """Return the checkpoint that is there although rank 0's weights take three times the collective timeout."""
+    import time
+
+    strategy = strategy_of(zero_stage=1, collective_timeout=3)
+    manager = CheckpointManager(CheckpointConfig(ckpt_path=folder), strategy.comm, layout=strategy.layout)
+    engine, write = engine_of(strategy), torch.save
+
+    def slowly(value, file, **options) -> None:
+        if strategy.rank == 0 and str(file).endswith("_model_states.pt"):
+            time.sleep(9)
+        write(value, file, **options)
+
+    torch.save = slowly
+    manager.save(1, {"model": engine.save})
+    return manager.latest().path.name
+
+
 def full_on_one_rank(folder: str) -> tuple[str, float]:
     """Return the message, and the seconds until it came, when rank 1 cannot write its part of a checkpoint."""
     import resource

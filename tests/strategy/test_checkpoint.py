@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from openrlhf.errors import DataError, InfraError, UsageError
 from openrlhf.strategy import files
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
+from tests.strategy import programs
 from tests.strategy.ranks import run_ranks
 
 LAYOUT = {"world_size": 1, "zero_stage": 2}
@@ -38,9 +40,10 @@ class Role:
         self.value = (folder / "weights.bin").read_bytes()[0]
 
 
-def manager(root, said=None, layout=LAYOUT, **config):
+def manager(root, said=None, layout=LAYOUT, flags=None, **config):
     config = CheckpointConfig(ckpt_path=str(root), **config)
-    return CheckpointManager(config, SoloComm(), layout=layout, say=(said if said is not None else []).append)
+    say = (said if said is not None else []).append
+    return CheckpointManager(config, SoloComm(), layout=layout, flags=flags, say=say)
 
 
 def save(keeper, step, **role):
@@ -272,3 +275,50 @@ def test_ranks_that_do_not_share_a_disk_are_told_so(tmp_path):
 def test_a_rank_that_sees_another_checkpoint_of_the_same_name_is_an_error(tmp_path):
     for message in run_ranks("tests.strategy.programs:other_checkpoint_on_one_rank", 2, folder=str(tmp_path)):
         assert message.startswith("InfraError") and "do not see the same" in message and "--ckpt_path" in message
+
+
+FLAGS = {"learning_rate": 1e-3, "train_batch_size": 8, "max_epochs": 2}
+
+
+def test_flags_that_change_the_training_are_refused_and_each_is_named_with_both_values(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    keeper = manager(tmp_path, flags={**FLAGS, "learning_rate": 1e-4, "train_batch_size": 16})
+    with pytest.raises(UsageError) as error:
+        keeper.latest()
+    rate, batch = error.value.problems
+    assert rate.startswith("--learning_rate 0.001 -> 0.0001 since global_step1 was written")
+    assert batch.startswith("--train_batch_size 8 -> 16") and "--allow_config_change" in batch
+    assert names(tmp_path) == ["global_step1"]
+
+
+def test_changed_flags_may_be_allowed_and_are_said(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    said = []
+    assert manager(tmp_path, said, flags={**FLAGS, "learning_rate": 1e-4}, allow_config_change=True).latest().step == 1
+    assert said[0] == "--allow_config_change: going on with --learning_rate 0.001 -> 0.0001"
+
+
+def test_a_longer_run_needs_no_leave_and_says_what_it_means(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    said = []
+    assert manager(tmp_path, said, flags={**FLAGS, "max_epochs": 3}).latest().step == 1
+    assert said[0].startswith("--max_epochs 2 -> 3: the run goes on") and "schedule" in said[0]
+
+
+def test_the_optimizer_flags_of_this_run_win_over_those_of_the_checkpoint(tmp_path):
+    strategy = programs.strategy_of(zero_stage=1)
+    before = strategy.prepare_train(programs.tiny_net(), programs.OPTIMIZER, 10)
+    for step in (0, 1):
+        programs.run_step(before, strategy, step, 8)
+    before.save(tmp_path / "model")
+    changed = replace(programs.OPTIMIZER, learning_rate=2e-2, l2=0.5, adam_betas=(0.8, 0.9))
+    after = strategy.prepare_train(programs.tiny_net(), changed, 10)
+    after.load(tmp_path / "model")
+    assert after.lr == pytest.approx(2 * before.lr) == pytest.approx(2e-2 * 0.8)
+    found = [(group["betas"], group["weight_decay"]) for group in after.engine.optimizer.param_groups]
+    assert found == [((0.8, 0.9), 0.5), ((0.8, 0.9), 0.0)]
+
+
+@pytest.mark.full
+def test_ranks_wait_for_the_weights_of_rank_zero_longer_than_the_collective_timeout(tmp_path):
+    assert run_ranks("tests.strategy.programs:slow_weights", 2, folder=str(tmp_path)) == ["global_step1"] * 2
