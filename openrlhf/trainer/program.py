@@ -12,7 +12,7 @@ from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
-from openrlhf.trainer.report import write_report
+from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run
 
 
@@ -64,5 +64,4 @@ def finish_run(config: Any, run: Run, strategy: DeepSpeedStrategy, export: Calla
     path = Path(config.checkpoint.save_path)
     export(path)
     if strategy.rank == 0:
-        report = write_report(run.path)
-        run.say(f"done: model in {path}, report in {report}")
+        run.say(f"done: model in {path}, {report_line(run.path)}")

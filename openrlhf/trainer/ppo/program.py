@@ -21,7 +21,7 @@ from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
-from openrlhf.trainer.report import write_report
+from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank
 
 SHOWN = ("reward", "true_score", "kl", "response_length")
@@ -133,4 +133,4 @@ def finish_run(config: PPOConfig, run: Run, roles: Roles) -> None:
     if config.save_value_network and roles.critic:
         roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
         run.say(f"critic in {path}_critic")
-    run.say(f"report in {write_report(run.path)}")
+    run.say(report_line(run.path))
