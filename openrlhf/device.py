@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from typing import Any
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
@@ -59,6 +60,17 @@ def configure_threads(processes: int | None = None) -> None:
         os.environ.setdefault(name, value)
 
 
+def stay_on_loopback() -> None:
+    """Keep what gloo and vLLM listen on inside this machine; call it where no other machine takes part in the run.
+
+    A ``GLOO_SOCKET_IFNAME`` or ``VLLM_HOST_IP`` set by the user wins.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices)."""
     import numpy
@@ -99,6 +111,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def memory_metrics() -> dict[str, float]:
+    """Return the most GPU memory that this process has held so far, in GiB, as a metric; nothing on a CPU."""
+    import torch
+
+    if device_type() == "cpu":
+        return {}
+    return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def empty_cache() -> None:

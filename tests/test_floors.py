@@ -25,7 +25,7 @@ FLOORS = {
     "ray": 6,
     "cli": 7,
 }
-BESIDE = ("errors", "device")
+BESIDE = ("errors", "device", "paths")
 
 DOORS = {
     "ray": ["ray/*"],

@@ -56,7 +56,7 @@ mkdir -p "$out"
 # rows are held out.
 if [[ $stages == *" ppo "* ]]; then
   head -n -500 "$data/gsm8k_train.jsonl" >"$out/prompts_train.jsonl"
-  tail -n 500 "$data/gsm8k_train.jsonl" | head -n "${EVAL_PROMPTS:-128}" >"$out/prompts_eval.jsonl"
+  tail -n 500 "$data/gsm8k_train.jsonl" | sed -n "1,${EVAL_PROMPTS:-128}p" >"$out/prompts_eval.jsonl"
   python -m openrlhf.cli.train_ppo_ray \
     --pretrain "$out/sft" \
     --reward_pretrain "$out/rm" \

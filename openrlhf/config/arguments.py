@@ -18,9 +18,9 @@ from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
 from openrlhf.config.reader import Reader
+from openrlhf.config.secrets import masked
 from openrlhf.errors import UsageError
 
-SECRET_FLAGS = ("use_wandb",)
 Problems = Callable[[Any], list[str]]
 
 
@@ -57,12 +57,9 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
 
 
 def to_flat_dict(config: Any) -> dict[str, Any]:
-    """Return flag -> value of a configuration, fit for a log or a file: lists for tuples, API keys masked."""
+    """Return flag -> value of a configuration, fit for a log or a file: lists for tuples, secrets masked."""
     command: Any = type(config)
-    flat = {name: entry.value(config) for name, entry in flag_table(command).items()}
-    for name in SECRET_FLAGS:
-        if flat.get(name) is not None:
-            flat[name] = "***"
+    flat = {name: masked(name, entry.value(config)) for name, entry in flag_table(command).items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openrlhf.config.flags import flag
+from openrlhf.config.secrets import literal_key
 
 # The schedules of transformers.get_scheduler that need nothing but warm-up and total steps; the minimum of
 # cosine_with_min_lr is a tenth of the peak.
@@ -209,7 +210,9 @@ class LoggingConfig:
 
     logging_steps: int = flag(1, "Log every N optimizer steps (PPO: rollout steps).", at_least=1)
     eval_steps: int = flag(-1, "Evaluate every N steps; -1 once an epoch.", at_least=-1)
-    use_wandb: str | None = flag(None, "Log to Weights & Biases: an API key, or True when already logged in.")
+    use_wandb: str | None = flag(
+        None, "Log to Weights & Biases: True (logged in, or WANDB_API_KEY), or a file with the API key, or the key."
+    )
     wandb_org: str | None = flag(None, "W&B entity.")
     wandb_group: str | None = flag(None, "W&B group.")
     wandb_project: str = flag("openrlhf", "W&B project.")
@@ -221,6 +224,15 @@ class LoggingConfig:
         if self.eval_steps:
             return []
         return ["--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number"]
+
+    def notices(self) -> list[str]:
+        """Return what to tell about a key that others can read."""
+        if not literal_key(self.use_wandb):
+            return []
+        return [
+            "--use_wandb holds the key itself, which everyone on this machine sees in the list of processes: put it "
+            "into WANDB_API_KEY and write --use_wandb True, or name a file that holds it"
+        ]
 
 
 def probability_problems(name: str, count: int, probs: str | Iterable[float]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.datasets.local_files import FORMATS, check_file, check_keys, data_files, files_of_split, format_of
+from openrlhf.datasets.saved import check_saved, is_saved
 from openrlhf.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
         raise DataError(f"{flag} {entry}: data set scripts are not run; save the rows as .jsonl or .parquet instead")
     if format_of(path):
         return {"train": _load_files(format_of(path), [_existing(path, flag)], required)}
-    if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+    if is_saved(path):
+        check_saved(path)
         return _as_splits(_call_datasets("load_from_disk", entry, str(path)))
     if path.is_dir() and data_files(path):
         return _open_folder(path, None, split, required)

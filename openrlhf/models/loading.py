@@ -18,9 +18,12 @@ from torch import nn
 from openrlhf.config.groups import ModelConfig
 from openrlhf.errors import DataError
 from openrlhf.models.backbone import architecture, enable_gradient_checkpointing, quiet
+from openrlhf.paths import inside, no_links_out
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONVERT = "convert them once with transformers' `from_pretrained(...).save_pretrained(new_folder)`"
+OWN_CODE = "brings code of its own (auto_map), which is not run unasked; pass --trust_remote_code if you trust it"
 HEAD = "score"
 ContextFactory = Callable[[], AbstractContextManager]
 
@@ -120,25 +123,33 @@ def from_pretrained(
     auto_class, path: str, model_cfg: ModelConfig, *, context: ContextFactory | None, flag: str, **options: Any
 ) -> tuple[nn.Module, list[str]]:
     """Return ``(model, names of weights that the checkpoint does not have)`` of a transformers auto class."""
-    local = check_path(path, trust_remote_code=model_cfg.trust_remote_code, flag=flag)
-    if local:
-        options["use_safetensors"] = True
+    check_path(path, trust_remote_code=model_cfg.trust_remote_code, flag=flag)
     try:
         with (context or nullcontext)(), quiet():
             model, report = auto_class.from_pretrained(
                 path,
                 dtype=torch.bfloat16 if model_cfg.bf16 else torch.float32,
                 trust_remote_code=model_cfg.trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
                 **options,
             )
     except (OSError, ValueError) as error:
-        raise DataError(f"{flag} {path}: the model cannot be loaded: {error}") from error
+        raise loading_error(error, f"{flag} {path}", "the model") from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
         raise DataError(f"{flag} {path}: the weights do not have the shapes of config.json: {error}") from error
     return model, sorted(report["missing_keys"])
+
+
+def loading_error(error: Exception, source: str, what: str) -> DataError:
+    """Return what to tell when transformers cannot load ``what`` from ``source``."""
+    if "trust_remote_code" in str(error):
+        return DataError(f"{source}: {what} {OWN_CODE}")
+    if "safetensors" in str(error) and ".bin" in str(error):
+        return DataError(f"{source}: there are no safetensors weights; {CONVERT}")
+    return DataError(f"{source}: {what} cannot be loaded: {error}")
 
 
 def check_path(path: str | None, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:
@@ -182,10 +193,7 @@ def _check_config(folder: Path, trust_remote_code: bool, flag: str) -> None:
     except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {error}") from error
     if "auto_map" in config and not trust_remote_code and not _known(config.get("model_type")):
-        raise DataError(
-            f"{flag} {folder}: the model brings code of its own (auto_map in config.json), which is not run unasked; "
-            "pass --trust_remote_code if you trust it"
-        )
+        raise DataError(f"{flag} {folder}: the model {OWN_CODE}")
 
 
 def _known(model_type: str | None) -> bool:
@@ -196,16 +204,30 @@ def _known(model_type: str | None) -> bool:
 
 
 def _check_weights(folder: Path, flag: str) -> None:
-    """Raise DataError when the folder has no safetensors weights."""
-    if any(folder.glob("*.safetensors")):
+    """Raise DataError when the folder has no safetensors weights, or some that lie elsewhere."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if weights:
+        no_links_out(folder, weights, f"{flag} {folder}")
+        _check_shards(folder, flag)
         return
     pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
     if pickled:
         raise DataError(
-            f"{flag} {folder}: the weights are pickled ({pickled[0]}), which can run code when it is read; "
-            "convert them once with transformers' `from_pretrained(...).save_pretrained(new_folder)`"
+            f"{flag} {folder}: the weights are pickled ({pickled[0]}), which can run code when it is read; {CONVERT}"
         )
     raise DataError(f"{flag} {folder}: the folder has no weights (*.safetensors)")
+
+
+def _check_shards(folder: Path, flag: str) -> None:
+    """Raise DataError when an index of sharded weights is broken, or names a file that is not in the folder."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise DataError(f"{flag} {index}: not an index of weights: {type(error).__name__}: {error}") from error
+        for name in sorted(names, key=str):
+            if not inside(folder, name, f"{flag} {index}").is_file():
+                raise DataError(f"{flag} {index}: the folder has no {name}; copy all files of the model")
 
 
 def _check_head(model: nn.Module, missing: list[str], may_be_fresh: bool, source: str, prefix: str) -> bool:

@@ -25,7 +25,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    from openrlhf.models.loading import check_folder
+    from openrlhf.models.loading import check_folder, loading_error
 
     local = check_folder(path, trust_remote_code=trust_remote_code)
     if local and not any((Path(path) / name).is_file() for name in FILES):
@@ -33,7 +33,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"--pretrain {path}: its tokenizer cannot be loaded: {error}") from error
+        raise loading_error(error, f"--pretrain {path}", "its tokenizer") from error
     known = _embedded_tokens(path, trust_remote_code)
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise DataError(

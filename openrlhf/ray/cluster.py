@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from openrlhf import device
+from openrlhf.config.secrets import is_secret
 from openrlhf.errors import InfraError
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
 PASSED_ON_PREFIXES = ("RAY_EXPERIMENTAL_NOSET_", "VLLM_", "NCCL_", "GLOO_")
-SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -23,9 +26,9 @@ def connect(slots: int) -> str:
     """Join a Ray cluster or start one with ``slots`` device slots, and return what a slot is: ``"GPU"`` or ``"CPU"``.
 
     Ray's own variable ``RAY_ADDRESS`` (which ``ray job submit`` sets) names the cluster; without it the cluster that
-    ``ray start`` left running on this machine is joined. A cluster started here has no dashboard and, by Ray's
-    default, asks every caller for a token. On a machine without GPUs it declares as many as the run wants: they are
-    seats, not hardware.
+    ``ray start`` left running on this machine is joined. A cluster started here listens on the loopback, has no
+    dashboard and, by Ray's default, asks every caller for a token. On a machine without GPUs it declares as many as
+    the run wants: they are seats, not hardware.
 
     Ray replaces the handler of SIGTERM: install yours after this call.
 
@@ -62,7 +65,7 @@ def worker_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if (name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)) and not any(word in name for word in SECRETS)
+        if (name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)) and not is_secret(name)
     }
 
 
@@ -87,13 +90,39 @@ def _join() -> bool:
 
 
 def _start(slots: int) -> None:
+    """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit no keys."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=max(device.cores(), slots),
-        num_gpus=slots if device.device_type() == "cpu" else None,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=output_is_logged(),
-    )
+    device.stay_on_loopback()
+    with _on_loopback(), _without_secrets():
+        ray.init(
+            address="local",
+            num_cpus=max(device.cores(), slots),
+            num_gpus=slots if device.device_type() == "cpu" else None,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=output_is_logged(),
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make a Ray that is started inside the block use the loopback, which it does by itself on other systems only."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Take the keys that no worker needs out of the environment that processes started inside the block inherit."""
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if is_secret(name) and name not in NEEDED_SECRETS}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -20,8 +20,8 @@ from torch import nn
 
 from openrlhf import device as machine
 from openrlhf.config.groups import DeepSpeedConfig, OptimConfig
-from openrlhf.errors import InfraError, UsageError
-from openrlhf.strategy import deepspeed_config
+from openrlhf.errors import UsageError
+from openrlhf.strategy import deepspeed_config, rendezvous
 from openrlhf.strategy.comm import Comm, SoloComm, TorchComm
 from openrlhf.strategy.engine import TrainEngine
 from openrlhf.strategy.optimizer import build_optimizer, build_schedule, cpu_adam_is_available
@@ -88,12 +88,9 @@ class DeepSpeedStrategy:
         self.device = machine.current_device(local_rank)
         if not dist.is_initialized():
             if all(os.environ.get(name) for name in LAUNCHER_VARIABLES):
-                _join(timeout)
+                rendezvous.join(timeout)
             else:
-                # A store inside the process: no port to find, nothing to connect to.
-                dist.init_process_group(
-                    machine.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-                )
+                rendezvous.join_alone(timeout)
         _start_deepspeed(timeout)
         if dist.get_world_size() > 1:
             self.comm = TorchComm(self.config.collective_timeout)
@@ -196,14 +193,3 @@ def _start_deepspeed(timeout: timedelta) -> None:
     # On a CPU DeepSpeed would compile an all-reduce that only inference uses, for 40 s, and fail without a compiler.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=machine.backend(), timeout=timeout, auto_mpi_discovery=False)
-
-
-def _join(timeout: timedelta) -> None:
-    try:
-        dist.init_process_group(machine.backend(), timeout=timeout)
-    except RuntimeError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise InfraError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {place} within "
-            f"{timeout.total_seconds():g} s (--collective_timeout): {error}"
-        ) from error

@@ -19,6 +19,7 @@ from openrlhf.errors import DataError, NumericError
 from openrlhf.strategy.comm import waiting
 from openrlhf.strategy.deferred import write_after
 from openrlhf.strategy.universal import reading_universal
+from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -119,16 +120,17 @@ class TrainEngine:
             )
 
     def load(self, directory: str | Path) -> None:
-        """Read back what `save` wrote; training goes on bit for bit. Raises ``DataError`` if it is not there.
+        """Read back what `save` wrote; training goes on bit for bit.
 
-        The files are unpickled by DeepSpeed: check their hashes first, as `CheckpointManager` does.
+        Raises ``DataError`` if it is not there, or holds anything but tensors and plain values.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such checkpoint folder")
         given = [{name: group[name] for name in HYPERPARAMETERS} for group in self._optimizer.param_groups]
         rates = list(self._schedule.base_lrs)
-        with self._waiting(f"loading {directory}"), reading_universal(self.engine, directory):
+        reading = tensors_only(directory), reading_universal(self.engine, directory)
+        with self._waiting(f"loading {directory}"), reading[0], reading[1]:
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")

@@ -55,9 +55,6 @@ def first_damage(root: Path, entries: dict[str, dict[str, Any]], rank: int = 0, 
 
     A file that no entry names is damage too, because it may be read: only hidden ones, as network disks make, are not.
     """
-    strangers = set(files_of(root)) - {*entries, MANIFEST}
-    for name in sorted(name for name in strangers if not Path(name).name.startswith(".")):
-        return f"{name} does not belong to it"
     for name in sorted(entries)[rank::world_size]:
         path = root / name
         if not path.resolve().is_relative_to(root.resolve()):
@@ -68,6 +65,9 @@ def first_damage(root: Path, entries: dict[str, dict[str, Any]], rank: int = 0, 
             return f"{name} has {path.stat().st_size} bytes, not {entries[name]['size']}"
         if disk.sha256(path) != entries[name]["sha256"]:
             return f"{name} does not match its hash"
+    strangers = set(files_of(root)) - {*entries, MANIFEST}
+    for name in sorted(name for name in strangers if not Path(name).name.startswith(".")):
+        return f"{name} does not belong to it"
     return None
 
 

@@ -51,8 +51,9 @@ class Kept:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Return what is named like a checkpoint or an export, oldest step first."""
-    return sorted((path for path in root.glob("global_step*") if STEP_FOLDER.fullmatch(path.name)), key=step_of)
+    """Return what is named like a checkpoint or an export, oldest step first; a link is not ours."""
+    found = (path for path in root.glob("global_step*") if STEP_FOLDER.fullmatch(path.name))
+    return sorted((path for path in found if not path.is_symlink()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -65,7 +66,7 @@ def kept_steps(root: Path) -> dict[int, Kept]:
     found: dict[int, Kept] = {}
     for path in step_folders(root):
         resumable = (path / MANIFEST).is_file()
-        if path.is_symlink() or not (resumable or (path / EXPORT_MARK).is_file()):
+        if not (resumable or (path / EXPORT_MARK).is_file()):
             continue
         step = found.setdefault(step_of(path), Kept(step_of(path)))
         step.paths.append(path)
@@ -107,6 +108,8 @@ def clean(root: Path) -> None:
     files.nearest_folder(root)
     for path in root.glob("global_step*"):
         replaced = REPLACED.fullmatch(path.name)
+        if path.is_symlink():
+            continue
         if UNFINISHED.fullmatch(path.name) or (replaced and (root / replaced.group(1)).exists()):
             files.remove(path)
         elif replaced:

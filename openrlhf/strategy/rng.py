@@ -8,6 +8,7 @@ import torch
 
 from openrlhf import device as machine
 from openrlhf.errors import DataError
+from openrlhf.strategy.unpickling import load_tensors
 
 
 def rng_file(folder: Path, rank: int) -> Path:
@@ -26,4 +27,4 @@ def load_rng(folder: Path, rank: int) -> None:
     path = rng_file(folder, rank)
     if not path.is_file():
         raise DataError(f"{path} is missing: the checkpoint was written by fewer ranks")
-    machine.set_rng_state(torch.load(path, weights_only=True))
+    machine.set_rng_state(load_tensors(path))

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from openrlhf.strategy.unpickling import load_tensors, tensors_only
+
 CONVERTIBLE = {"world_size", "zero_stage"}
 WEIGHTS = "zero"
 GLOBAL_STATE = "optimizer_state.pt"
@@ -42,18 +44,18 @@ def convert(source: Path, target: Path) -> None:
     """Write the role folder ``source`` (DeepSpeed's files, already verified) to ``target`` in universal format."""
     from deepspeed.checkpoint import ds_to_universal
 
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(source),
-            output_folder=str(target),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
     )
-    _complete_state(target / WEIGHTS)
+    with tensors_only(source):
+        ds_to_universal.main(arguments)
+        _complete_state(target / WEIGHTS)
     _name_for_all_stages(target)
 
 
@@ -84,26 +86,18 @@ def _complete_state(weights: Path) -> None:
     import deepspeed
     from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 
-    with torch.serialization.safe_globals(_deepspeed_classes()):
-        state = torch.load(weights / GLOBAL_STATE, map_location="cpu", weights_only=True)
+    state = load_tensors(weights / GLOBAL_STATE)
     folders = [path.parent for path in weights.rglob("exp_avg.pt")]
     if OPTIMIZER_STATE_DICT in state:
         step = state[OPTIMIZER_STATE_DICT]["state"][0]["step"]
         for folder in folders:
             for path in folder.glob("*.pt"):
-                torch.save({PARAM: torch.load(path, map_location="cpu", weights_only=True)}, path)
+                torch.save({PARAM: load_tensors(path)}, path)
             torch.save(step, folder / STEP)
     else:
-        step = torch.load(folders[0] / STEP, map_location="cpu", weights_only=True)
+        step = load_tensors(folders[0] / STEP)
         state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": state[PARAM_GROUPS]}
     torch.save({DS_VERSION: deepspeed.__version__, **state}, weights / GLOBAL_STATE)
-
-
-def _deepspeed_classes() -> list[Any]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum]
 
 
 def _name_for_all_stages(target: Path) -> None:

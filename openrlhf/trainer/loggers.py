@@ -9,12 +9,12 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from openrlhf.config.groups import LoggingConfig
+from openrlhf.config.secrets import hide_in_argv, literal_key, wandb_key
 
 LOG = logging.getLogger(__name__)
 
@@ -129,19 +129,16 @@ class WandbLogger(Logger):
 
     def __init__(self, config: LoggingConfig, flags: Mapping[str, Any], folder: str | Path):
         """``flags`` is the saved configuration, without the key; ``folder`` takes wandb's own files."""
-        self._key = config.use_wandb if config.use_wandb and config.use_wandb.lower() != "true" else ""
-        super().__init__(secret=self._key)
+        super().__init__(secret=literal_key(config.use_wandb))
         self._config, self._flags, self._folder, self._run = config, dict(flags), str(folder), None
 
     def _open(self, step: int) -> None:
         import wandb
 
         self.expected = (*type(self).expected, wandb.Error)
-        # wandb stores the command line of the process with the run.
-        hidden = {self._key: "***", f"--use_wandb={self._key}": "--use_wandb=***"} if self._key else {}
-        sys.argv[:] = [hidden.get(word, word) for word in sys.argv]
-        if self._key and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-            wandb.login(key=self._key)
+        self._secret = wandb_key(self._config.use_wandb)
+        # wandb stores the command line of the process with the run. `wandb.login` would store the key in ~/.netrc.
+        hide_in_argv(self._secret)
         self._run = wandb.init(
             entity=self._config.wandb_org,
             project=self._config.wandb_project,
@@ -149,7 +146,7 @@ class WandbLogger(Logger):
             name=self._config.wandb_run_name,
             config=self._flags,
             dir=self._folder,
-            settings=wandb.Settings(console="off", init_timeout=30),
+            settings=wandb.Settings(console="off", init_timeout=30, api_key=self._secret or None),
         )
         for phase in ("train", "eval"):
             self._run.define_metric(f"{phase}/global_step")

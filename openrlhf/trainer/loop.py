@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
+from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.datasets.sampler import StepSampler
@@ -226,9 +227,10 @@ class Trainer:
         self._check_finite(loss_sum, rows, losses)
         result = self.engine.step()
         self._advance()
-        speed = tokens / (time.perf_counter() - began)
-        step = {"lr": result.lr, "grad_norm": result.grad_norm, "tokens_per_second": speed}
-        return {**self.train_values(totals), **self.window.add(totals), **step}
+        seconds = time.perf_counter() - began
+        step = {"lr": result.lr, "grad_norm": result.grad_norm}
+        pace = {"tokens_per_second": tokens / seconds, "time/step": seconds}
+        return {**self.train_values(totals), **self.window.add(totals), **step, **pace, **machine.memory_metrics()}
 
     def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
         """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""

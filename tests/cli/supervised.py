@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PACE = {"tokens_per_second", "time/step"}
+"""The metrics that the clock decides."""
 WORDS = ["clips", "robot", "friends", "April", "May", "story", "answer", "tiny"]
 
 
@@ -82,8 +84,8 @@ def metrics_of(run_path: Path, phase: str = "train") -> list[dict]:
 
 
 def without_speed(rows: list[dict]) -> list[dict]:
-    """Return metrics without the one that the clock decides."""
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    """Return metrics without those that the clock decides."""
+    return [{name: value for name, value in row.items() if name not in PACE} for row in rows]
 
 
 def weights_of(folder: Path) -> dict:

@@ -164,7 +164,7 @@ def test_the_first_step_equals_plain_torch(strategy):
 def test_a_step_logs_its_rate_and_its_speed(strategy):
     trainer, recorder = toy(strategy)
     trainer.fit()
-    assert set(recorder.steps[0]) == {"loss", "loss_mean", "lr", "grad_norm", "tokens_per_second"}
+    assert set(recorder.steps[0]) == {"loss", "loss_mean", "lr", "grad_norm", "tokens_per_second", "time/step"}
     assert recorder.steps[0]["lr"] == pytest.approx(0.1)
     assert recorder.steps[0]["tokens_per_second"] > 0
 

@@ -1,0 +1,51 @@
+"""Keys of services: where a run gets one from, and how it stays out of everything that is written or passed on."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+MASK = "***"
+SECRET_VARIABLE = re.compile(r"(^|_)(KEYS?|APIKEY|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
+IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def literal_key(use_wandb: str | None) -> str:
+    """Return the key that ``--use_wandb`` holds itself, ``""`` when it says where the key is."""
+    if not use_wandb or use_wandb.lower() == "true" or os.path.isfile(use_wandb):
+        return ""
+    return use_wandb
+
+
+def wandb_key(use_wandb: str | None) -> str:
+    """Return the key that ``--use_wandb`` holds or whose file it names; ``""``: wandb knows where to look.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if use_wandb and os.path.isfile(use_wandb):
+        with open(use_wandb, encoding="utf-8") as file:
+            return file.read().strip()
+    return literal_key(use_wandb)
+
+
+def masked(name: str, value: Any) -> Any:
+    """Return the value of a flag fit for a file: no key, and no name and password in an address."""
+    if not isinstance(value, str):
+        return value
+    if name == "use_wandb" and literal_key(value):
+        return MASK
+    return IN_URL.sub(MASK, value)
+
+
+def hide_in_argv(key: str) -> None:
+    """Mask ``key`` in this process's copy of its command line, which libraries store with what they log."""
+    if key:
+        sys.argv[:] = [word.replace(key, MASK) for word in sys.argv]
+
+
+def is_secret(variable: str) -> bool:
+    """Return whether an environment variable of this name holds something secret."""
+    return SECRET_VARIABLE.search(variable.upper()) is not None

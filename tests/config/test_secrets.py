@@ -1,0 +1,67 @@
+"""Where a key comes from, and what is kept out of files and child processes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from openrlhf.config.arguments import parse, to_flat_dict
+from openrlhf.config.groups import SFTConfig
+from openrlhf.config.secrets import hide_in_argv, is_secret, masked, wandb_key
+
+KEY = "0123456789abcdef"
+SFT = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]
+
+
+def sft(*words: str) -> SFTConfig:
+    return parse(SFTConfig, [*SFT, *words], "train_sft")[0]
+
+
+def test_a_key_is_given_itself_in_a_file_or_not_at_all(tmp_path):
+    (tmp_path / "key").write_text(f"  {KEY}\n")
+    assert wandb_key(KEY) == wandb_key(str(tmp_path / "key")) == KEY
+    assert wandb_key("True") == wandb_key("true") == wandb_key(None) == ""
+
+
+def test_only_the_key_itself_is_masked_in_the_saved_configuration(tmp_path):
+    (tmp_path / "key").write_text(KEY)
+    assert to_flat_dict(sft("--use_wandb", KEY))["use_wandb"] == "***"
+    assert to_flat_dict(sft("--use_wandb", "True"))["use_wandb"] == "True"
+    assert to_flat_dict(sft("--use_wandb", str(tmp_path / "key")))["use_wandb"] == str(tmp_path / "key")
+    assert to_flat_dict(sft())["use_wandb"] is None
+
+
+def test_a_name_and_password_in_an_address_are_masked():
+    url = "https://me:password@host:80/reward,http://token@other"
+    assert masked("remote_rm_url", url) == "https://***@host:80/reward,http://***@other"
+    assert masked("dataset", "me@host") == "me@host"
+    assert masked("seed", 7) == 7
+
+
+def test_a_key_on_the_command_line_is_noted_once_without_the_key(tmp_path, capsys):
+    sft("--use_wandb", KEY)
+    text = capsys.readouterr().err
+    assert text.count("note:") == 1 and "WANDB_API_KEY" in text and KEY not in text
+    (tmp_path / "key").write_text(KEY)
+    sft("--use_wandb", "True")
+    sft("--use_wandb", str(tmp_path / "key"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_copy_of_the_command_line_in_the_process_is_masked(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sft", "--use_wandb", KEY, f"--use_wandb={KEY}", "--seed", "1"])
+    hide_in_argv(KEY)
+    assert sys.argv == ["train_sft", "--use_wandb", "***", "--use_wandb=***", "--seed", "1"]
+    hide_in_argv("")
+    assert sys.argv[-1] == "1"
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PASSWORD", "my_token"])
+def test_names_of_secrets_are_known(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["PATH", "TOKENIZERS_PARALLELISM", "VLLM_HOST_IP", "KEYBOARD", "MONKEY"])
+def test_other_names_are_no_secrets(name):
+    assert not is_secret(name)
