@@ -128,3 +128,20 @@ def empty_cache() -> None:
 
     if device_type() == "cuda":
         torch.cuda.empty_cache()
+
+
+def why_unreachable(url: str, timeout_s: float = 5.0) -> str:
+    """Return why no connection to ``url`` can be made, ``""`` when one can; behind a proxy it is not tried."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    if getproxies():
+        return ""
+    place = urlsplit(url)
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname or "", port), timeout=timeout_s).close()
+    except OSError as error:
+        return str(error)
+    return ""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from openrlhf.cli.common import run
+from openrlhf.cli.train_ppo_ray import placement_problems
 from openrlhf.config.arguments import parse
 from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import DataError, InfraError, NumericError, UsageError
+from tests.helpers import tiny_causal_lm, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
@@ -72,6 +74,31 @@ WRONG = [
     ("train_sft", "--lora_rank 8", "--lora_rank: adapters are not built yet"),
     ("train_rm", "--multiturn", "unknown flag --multiturn"),
     ("train_rm", "--max_len 1", "--max_len must be at least 2, got 1"),
+    ("train_sft", "--dataset a,,b", "--dataset 'a,,b': an entry between the commas is empty"),
+    ("train_sft", "--eval_dataset a,", "--eval_dataset 'a,': an entry between the commas is empty"),
+    ("train_sft", "--output_key input", "--input_key and --output_key both name the column 'input'"),
+    ("train_sft", "--too_long truncate", "--too_long must be one of cut, drop, error, got 'truncate'"),
+    ("train_sft", "--special_tokens_in_text yes", "--special_tokens_in_text must be one of text, token, error"),
+    ("train_sft", "--show_sample", "unknown flag --show_sample: did you mean --show_samples?"),
+    ("train_sft", "--max_sample 5", "unknown flag --max_sample: did you mean --max_samples?"),
+    ("train_sft", "--eval_stteps 5", "unknown flag --eval_stteps: did you mean --eval_steps?"),
+    ("train_rm", "--chosen better", "unknown flag --chosen: did you mean --chosen_key?"),
+    ("train_rm", "--reject_key worse", "unknown flag --reject_key: did you mean --rejected_key?"),
+    ("train_rm", "--chosen_key rejected", "--chosen_key and --rejected_key both name the column 'rejected'"),
+    ("train_rm", "--prompt_key chosen", "--prompt_key and --chosen_key both name the column 'chosen'"),
+    ("train_rm", "--train_batch_size 2 --micro_train_batch_size 3", "--micro_train_batch_size 3 is larger than"),
+    ("train_rm", "--dataset a,b --dataset_probs 0.5", "--dataset_probs has 1 values for the 2 data sets"),
+    ("train_ppo_ray", "--prompt_data a,", "--prompt_data 'a,': an entry between the commas is empty"),
+    ("train_ppo_ray", "--prompt_data a,b", "--prompt_data_probs has 1 values for the 2 data sets of --prompt_data"),
+    ("train_ppo_ray", "--label_key input", "--input_key and --label_key both name the column 'input'"),
+    ("train_ppo_ray", "--train_batch_size 2", "--micro_train_batch_size 4 is larger than --train_batch_size 2"),
+    ("train_ppo_ray", "--zero_stage 1 --zpg 2 --vllm_num_engines 1", "--zpg 2 needs --zero_stage 3, not 1"),
+    ("train_ppo_ray", "--save_steps 5 --disable_ds_ckpt", "--disable_ds_ckpt leaves nothing to write at --save_steps"),
+    ("train_ppo_ray", "--colocate_actor_ref --ref_num_gpus_per_node 2", "--colocate_actor_ref shares devices"),
+    ("train_ppo_ray", "--colocate_actor_ref --actor_num_nodes 2", "--ref_num_nodes 1 --ref_num_gpus_per_node 8"),
+    ("train_ppo_ray", "--colocate_critic_reward --reward_num_nodes 2", "--colocate_critic_reward shares devices"),
+    ("train_ppo_ray", "--colocate_all_models --critic_num_nodes 2", "--colocate_all_models shares devices"),
+    ("train_ppo_ray", "--colocate_all_models --vllm_num_engines 2", "--vllm_num_engines is 2, actor_num_nodes *"),
     ("train_ppo_ray", "--advantage_estimator grpo", "must be one of gae, reinforce, rloo, got 'grpo'"),
     ("train_ppo_ray", "--advantage_estimator rloo", "--n_samples_per_prompt must be above 1, it is 1"),
     ("train_ppo_ray", "--advantage_estimator reinforce --freezing_actor_steps 5", "and reinforce has none"),
@@ -96,7 +123,8 @@ WRONG = [
 @pytest.mark.parametrize(("command", "words", "expected"), WRONG, ids=[f"{row[0]} {row[1]}" for row in WRONG])
 def test_a_wrong_command_line_names_flag_and_fix(command, words, expected):
     with pytest.raises(UsageError) as caught:
-        parse(COMMANDS[command], [*GOOD[command].split(), *words.split()], command)
+        also = placement_problems if command == "train_ppo_ray" else None
+        parse(COMMANDS[command], [*GOOD[command].split(), *words.split()], command, also)
     assert len(caught.value.problems) == 1
     assert expected in caught.value.problems[0]
 
@@ -152,6 +180,32 @@ def test_what_the_command_finds_wrong_itself_joins_the_other_problems(capsys):
         run(SFTConfig, print, "train_sft", argv=["--seed", "x"], problems=lambda config: ["--save_path: mine"])
     text = capsys.readouterr().err
     assert "--seed takes a whole number" in text and "--pretrain is missing" in text and "--save_path: mine" in text
+
+
+def test_a_normalised_reward_needs_a_reward_model(tmp_path):
+    (tmp_path / "reward.py").touch()
+    words = ["--pretrain", "m", "--prompt_data", "d", "--remote_rm_url", str(tmp_path / "reward.py")]
+    with pytest.raises(UsageError, match="--normalize_reward uses the mean and std of a reward model.*there is none"):
+        parse(PPOConfig, [*words, "--normalize_reward"], "train_ppo_ray")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_an_offloaded_optimizer_without_zero_is_an_error_where_there_is_a_gpu(gpu, monkeypatch):
+    monkeypatch.setattr("openrlhf.config.groups.gpu_present", lambda: gpu)
+    words = [*GOOD["train_sft"].split(), "--adam_offload", "--zero_stage", "0"]
+    if gpu:
+        with pytest.raises(UsageError, match="--adam_offload needs --zero_stage 1, 2 or 3"):
+            parse(SFTConfig, words, "train_sft")
+    else:
+        assert parse(SFTConfig, words, "train_sft")[0].deepspeed.adam_offload
+
+
+def test_flags_of_a_gpu_run_on_a_cpu_with_a_note_each(monkeypatch, capsys):
+    monkeypatch.setattr("openrlhf.config.arguments.gpu_present", lambda: False)
+    gpu_flags = "--bf16 --flash_attn --actor_init_on_gpu --vllm_enable_sleep --vllm_gpu_memory_utilization 0.5"
+    parse(PPOConfig, [*GOOD["train_ppo_ray"].split(), *gpu_flags.split()], "train_ppo_ray")
+    noted = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(noted) == sorted(word for word in gpu_flags.split() if word.startswith("--") and word != "--bf16")
 
 
 def test_groups_that_cannot_share_devices_come_with_the_other_problems():
@@ -261,13 +315,19 @@ sys.exit(code)
 """
 
 
+def cpu_seconds():
+    """The work of the children so far: unlike the clock it does not depend on what else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def spy(command, *words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
+    before = cpu_seconds()
     done = subprocess.run(
         [sys.executable, "-c", SPY, command, *words], env=environment, capture_output=True, text=True, timeout=60
     )
-    return done, time.monotonic() - started
+    return done, cpu_seconds() - before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -275,7 +335,7 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
     done, seconds = spy(command, "--help")
     assert done.returncode == 0 and "--pretrain STR" in done.stdout
     assert "heavy: []" in done.stderr
-    assert seconds < 10
+    assert seconds < 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -283,7 +343,7 @@ def test_a_flag_error_is_quick_and_imports_nothing_heavy(command):
     done, seconds = spy(command, "--pretran", "m")
     assert done.returncode == 2 and "did you mean --pretrain?" in done.stderr
     assert "heavy: []" in done.stderr and "Traceback" not in done.stderr
-    assert seconds < 10
+    assert seconds < 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -291,3 +351,28 @@ def test_a_dry_run_loads_nothing_and_ends_with_zero(command):
     done, _ = spy(command, *GOOD[command].split(), "--dry_run", "--local_rank=0")
     assert done.returncode == 0 and "plan:" in done.stdout
     assert "heavy: []" in done.stderr
+
+
+def test_a_dry_run_can_show_samples_of_local_data_without_loading_a_model(tmp_path):
+    tiny_tokenizer(tmp_path / "model")
+    tiny_causal_lm(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"input": "12 + 30?", "output": "42"}\n' * 4)
+    words = [
+        "--pretrain",
+        str(tmp_path / "model"),
+        "--dataset",
+        str(tmp_path / "rows.jsonl"),
+        "--output_key",
+        "output",
+    ]
+    done, _ = spy("train_sft", *words, "--dry_run", "--show_samples")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout[done.stdout.index("samples  3 of 4 rows") :].splitlines()
+    assert shown[1].strip() == r"1 User: 12 + 30?\nAssistant: «42<|im_end|>»"
+    assert "deepspeed" not in done.stderr.partition("heavy:")[2]
+
+
+def test_a_dry_run_does_not_ask_the_hub_for_samples():
+    done, _ = spy("train_sft", *GOOD["train_sft"].split(), "--dry_run", "--show_samples")
+    assert done.returncode == 3 and "plan:" in done.stdout
+    assert "error: --pretrain m: no such folder here, and the hub cannot be reached" in done.stderr

@@ -22,10 +22,12 @@ def run(
     plan: Plan = plan_lines,
     argv: Sequence[str] | None = None,
     problems: Problems | None = None,
+    data: Callable[[Any], Any] | None = None,
 ) -> None:
     """Parse the command line and call ``train(config)``; with ``--dry_run`` print ``plan(config, ranks)`` instead.
 
     ``problems(config)`` returns what the command itself finds wrong with its flags; it joins the one message.
+    ``data(config)`` reads the training rows, for ``--dry_run --show_samples``.
 
     An :class:`OpenRLHFError` becomes one message on standard error and the exit status of its type. Nothing here
     imports torch, so a wrong flag is reported at once.
@@ -36,12 +38,22 @@ def run(
         if dry_run:
             if _first_rank():
                 print("\n".join(plan(config, int(os.environ.get("WORLD_SIZE", "1")))))
+                if data and config.logging.show_samples:
+                    _show_samples(config, data)
             return
         train(config)
     except OpenRLHFError as error:
         fail(error, prog)
     except KeyboardInterrupt:
         fail(Preempted("interrupted"), prog)
+
+
+def _show_samples(config: Any, data: Callable[[Any], Any]) -> None:
+    """Print three training rows as the model will read them; a dry run stays off the hub."""
+    from openrlhf.datasets.preview import sample_lines
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print("\n".join(sample_lines(data(config))))
 
 
 def fail(error: OpenRLHFError, prog: str) -> NoReturn:

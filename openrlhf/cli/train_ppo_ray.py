@@ -40,6 +40,13 @@ def placement_problems(config: PPOConfig) -> list[str]:
     return []
 
 
+def prompts(config: PPOConfig) -> Any:
+    """Return the training prompts, before any model."""
+    from openrlhf.trainer.ppo.program import Inputs
+
+    return Inputs(config).prompts
+
+
 def train(config: PPOConfig) -> None:
     """Train as ``config`` says. Raises the errors of :mod:`openrlhf.errors`."""
     placement = Placement.from_config(config)
@@ -140,4 +147,4 @@ def _stop(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    run(PPOConfig, train, "train_ppo_ray", plan, problems=placement_problems)
+    run(PPOConfig, train, "train_ppo_ray", plan, problems=placement_problems, data=prompts)

@@ -9,10 +9,14 @@ Writes a folder to ``--save_path`` that ``AutoModelForSequenceClassification`` l
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import RewardModelConfig
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
+
+if TYPE_CHECKING:
+    from openrlhf.trainer.inputs import Inputs
 
 
 def train(config: RewardModelConfig) -> None:
@@ -21,45 +25,43 @@ def train(config: RewardModelConfig) -> None:
         _train(config, opened)
 
 
-def _train(config: RewardModelConfig, opened: Run) -> None:
-    from openrlhf.datasets.blending import load_train_eval
+def read(config: RewardModelConfig) -> Inputs:
+    """Return the tokenizer and the data, before any model."""
     from openrlhf.datasets.reward import PreferenceDataset
-    from openrlhf.models.tokenizer import load_tokenizer
+    from openrlhf.models.suitability import check_model
+    from openrlhf.trainer.inputs import read_inputs
+
+    return read_inputs(config, PreferenceDataset, "all_exhausted", check_model)
+
+
+def _train(config: RewardModelConfig, opened: Run) -> None:
     from openrlhf.models.value_head import ValueModel, load_value_model
     from openrlhf.strategy.export import export_model
     from openrlhf.trainer.loop import total_steps
     from openrlhf.trainer.program import finish_run, joined_ranks, supervised_callbacks
     from openrlhf.trainer.reward_model import RewardModelTrainer
 
+    inputs = read(config)
     with joined_ranks(config) as strategy:
-        tokenizer = load_tokenizer(
-            config.model.pretrain,
-            use_fast=not config.model.disable_fast_tokenizer,
-            trust_remote_code=config.model.trust_remote_code,
-            chat_template=config.data.tokenizer_chat_template,
-        )
-        train_rows, eval_rows = load_train_eval(config.data, config.batch.seed, "all_exhausted")
-        train_data = PreferenceDataset(train_rows, tokenizer, config.data)
-        eval_data = PreferenceDataset(eval_rows, tokenizer, config.data) if len(eval_rows) else []
         classifier = load_value_model(
             config.model.pretrain,
             config.model,
             gather=strategy.gather,
             context=strategy.loading_context,
             value_head_prefix=config.value_head_prefix,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=inputs.tokenizer.pad_token_id,
             seed=config.batch.seed,
         )
         model = ValueModel(classifier, packing_samples=config.attention.packing_samples)
-        opened.say(*start_up_lines(config, opened, strategy, model, train_data, eval_data))
-        engine = strategy.prepare_train(model, config.optim, total_steps(len(train_data), config.batch))
-        export = partial(export_model, engine, strategy, tokenizer=tokenizer)
+        opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
+        engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
+        export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, shown=("loss", "acc"))
         trainer = RewardModelTrainer(
             engine,
             strategy,
-            train_data,
-            eval_data,
+            inputs.train,
+            inputs.evaluation,
             config.batch,
             callbacks,
             loss=config.loss,
@@ -70,4 +72,4 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
 
 
 if __name__ == "__main__":
-    run(RewardModelConfig, train, "train_rm")
+    run(RewardModelConfig, train, "train_rm", data=lambda config: read(config).train)

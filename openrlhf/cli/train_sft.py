@@ -9,10 +9,14 @@ Writes a Hugging Face folder to ``--save_path``; metrics, report and log go to `
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from openrlhf.cli.common import run
 from openrlhf.config.groups import SFTConfig
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
+
+if TYPE_CHECKING:
+    from openrlhf.trainer.inputs import Inputs
 
 
 def train(config: SFTConfig) -> None:
@@ -21,36 +25,33 @@ def train(config: SFTConfig) -> None:
         _train(config, opened)
 
 
-def _train(config: SFTConfig, opened: Run) -> None:
-    from openrlhf.datasets.blending import load_train_eval
+def read(config: SFTConfig) -> Inputs:
+    """Return the tokenizer and the data, before any model."""
     from openrlhf.datasets.sft import SFTDataset
+    from openrlhf.trainer.inputs import read_inputs
+
+    return read_inputs(config, SFTDataset, "first_exhausted")
+
+
+def _train(config: SFTConfig, opened: Run) -> None:
     from openrlhf.models.actor import Actor
     from openrlhf.models.loading import load_causal_lm
-    from openrlhf.models.tokenizer import load_tokenizer
     from openrlhf.strategy.export import export_model
     from openrlhf.trainer.loop import total_steps
     from openrlhf.trainer.program import finish_run, joined_ranks, supervised_callbacks
     from openrlhf.trainer.sft import SFTTrainer
 
+    inputs = read(config)
     with joined_ranks(config) as strategy:
-        tokenizer = load_tokenizer(
-            config.model.pretrain,
-            use_fast=not config.model.disable_fast_tokenizer,
-            trust_remote_code=config.model.trust_remote_code,
-            chat_template=config.data.tokenizer_chat_template,
-        )
-        train_rows, eval_rows = load_train_eval(config.data, config.batch.seed, "first_exhausted")
-        train_data = SFTDataset(train_rows, tokenizer, config.data)
-        eval_data = SFTDataset(eval_rows, tokenizer, config.data) if len(eval_rows) else []
         language_model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)
         model = Actor(language_model, packing_samples=config.attention.packing_samples)
-        opened.say(*start_up_lines(config, opened, strategy, model, train_data, eval_data))
-        engine = strategy.prepare_train(model, config.optim, total_steps(len(train_data), config.batch))
-        export = partial(export_model, engine, strategy, tokenizer=tokenizer)
+        opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
+        engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
+        export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, shown=("gpt_loss",))
-        SFTTrainer(engine, strategy, train_data, eval_data, config.batch, callbacks).fit()
+        SFTTrainer(engine, strategy, inputs.train, inputs.evaluation, config.batch, callbacks).fit()
         finish_run(config, opened, strategy, export)
 
 
 if __name__ == "__main__":
-    run(SFTConfig, train, "train_sft")
+    run(SFTConfig, train, "train_sft", data=lambda config: read(config).train)

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from openrlhf.config.flag_status import gpu_present, no_effect_notices, not_yet_problems
+from openrlhf.config.flag_status import gpu_present, missing_packages, no_effect_notices, not_yet_problems
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
@@ -46,10 +46,11 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     config = _build(config_class(), values)
     defaults = {name: entry.default for name, entry in table.items()}
     found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults, dry_run)
+    found += [] if dry_run else missing_packages(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
         raise UsageError(problems)
-    notices += _ask(config, "notices") + no_effect_notices(values, set(given), gpu_present())
+    notices += _ask(config, "notices") + no_effect_notices(values | {"dry_run": dry_run}, set(given), gpu_present())
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
             print(f"note: {notice}", file=sys.stderr)

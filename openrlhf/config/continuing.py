@@ -17,7 +17,7 @@ FREE_FLAGS = {
     *("micro_train_batch_size", "micro_rollout_batch_size", "gradient_checkpointing"),
     *("gradient_checkpointing_use_reentrant", "flash_attn", "packing_samples", "ref_reward_offload"),
     *("zpg", "overlap_comm", "local_rank", "collective_timeout", "actor_init_on_gpu", "perf", "save_value_network"),
-    *("trust_remote_code", "use_ms", "disable_fast_tokenizer"),
+    *("trust_remote_code", "use_ms", "disable_fast_tokenizer", "max_skipped_steps"),
 }
 IN_THE_LAYOUT = {"zero_stage", "bf16", "adam_offload"}
 """Flags that the layout of a checkpoint names by itself."""

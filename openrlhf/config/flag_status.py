@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+
+from openrlhf.config.algorithms import ESTIMATORS
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ def _on_cpu(values: dict[str, Any], gpu: bool) -> bool:
     return not gpu
 
 
+def _unset(name: str) -> Callable[[dict[str, Any], bool], bool]:
+    """Return a condition that holds where ``--name`` is not used."""
+    return lambda values, gpu: not values[name]
+
+
+def _set(name: str) -> Callable[[dict[str, Any], bool], bool]:
+    return lambda values, gpu: bool(values[name])
+
+
+def _without_critic(values: dict[str, Any], gpu: bool) -> bool:
+    return not ESTIMATORS[values["advantage_estimator"]].needs_critic
+
+
 def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
     return values["lora_rank"] == 0
 
@@ -69,6 +85,18 @@ NOT_YET = {
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
+_TEMPLATE = NoEffect(
+    "--apply_chat_template and --pretrain_mode do without it",
+    lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
+)
+_CHAT = NoEffect("it needs --apply_chat_template", _unset("apply_chat_template"))
+_RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
+_CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
+_ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
+_EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
+_SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
+_WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
+
 NO_EFFECT_HERE = {
     "actor_init_on_gpu": NoEffect("DeepSpeed moves the model to its device"),
     "compute_fp32_loss": NoEffect("rewards and their loss are always fp32"),
@@ -88,7 +116,39 @@ NO_EFFECT_HERE = {
     "ptx_coef": NoEffect("it needs --pretrain_data", _without_texts),
     "pretrain_data_probs": NoEffect("it needs --pretrain_data", _without_texts),
     "pretrain_split": NoEffect("it needs --pretrain_data", _without_texts),
+    "input_template": _TEMPLATE,
+    "tokenizer_chat_template": _CHAT,
+    **dict.fromkeys(("output_key", "apply_chat_template"), _RAW),
+    **dict.fromkeys(("save_hf_ckpt", "disable_ds_ckpt", "max_ckpt_num", "max_ckpt_mem"), _SAVES),
+    "eval_steps": NoEffect(
+        "it needs --eval_dataset", lambda values, gpu: "prompt_data" in values and not values["eval_dataset"]
+    ),
+    "gradient_checkpointing_use_reentrant": NoEffect(
+        "it needs --gradient_checkpointing", _unset("gradient_checkpointing")
+    ),
+    "use_tensorboard": NoEffect("--use_wandb takes its place", _set("use_wandb")),
+    **dict.fromkeys(("wandb_org", "wandb_group", "wandb_project", "wandb_run_name"), _WANDB),
+    **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
+    "critic_num_gpus_per_node": _CRITIC,
+    **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
+    **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
+    "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
+    "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
+    "label_key": NoEffect(
+        "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
+        lambda values, gpu: not (values["remote_rm_url"] or values["eval_reward_func"]),
+    ),
+    "show_samples": NoEffect("a run shows them anyway; it is for --dry_run", _unset("dry_run")),
 }
+
+NEEDED = ("torch", "transformers", "datasets", "deepspeed")
+"""What every command imports."""
+NEEDED_BY = {
+    "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
+    "use_wandb": ("wandb", "wandb"),
+    "use_tensorboard": ("tensorboard", "tensorboard"),
+}
+"""What a flag needs when it is set: the module, and what pip calls it."""
 
 
 def status(name: str) -> str:
@@ -103,6 +163,21 @@ def status(name: str) -> str:
 def gpu_present() -> bool:
     """Whether this machine shows a GPU driver; asked before torch may be imported."""
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
+def missing_packages(values: dict[str, Any]) -> list[str]:
+    """Return one problem for each package that the command or a flag needs and that is not installed."""
+    found = [
+        f"--{name} needs {module}, which is not installed: pip install '{package}', or leave the flag out"
+        for name, (module, package) in NEEDED_BY.items()
+        if values.get(name) and find_spec(module) is None
+    ]
+    needed = (*NEEDED, "ray") if "vllm_num_engines" in values else NEEDED
+    return found + [
+        f"the package {module} is not installed: pip install openrlhf"
+        for module in needed
+        if find_spec(module) is None
+    ]
 
 
 def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any], dry_run: bool) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from openrlhf.config.flag_status import gpu_present
 from openrlhf.config.flags import flag
 from openrlhf.config.secrets import literal_key
 
@@ -28,6 +29,13 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 EVERYTHING = 100_000_000
+TOO_LONG = ("cut", "drop", "error")
+SPELLED = ("text", "token", "error")
+TOO_LONG_HELP = "Rows with more tokens than the limit: cut them, drop them, or stop with an error."
+SPELLED_HELP = (
+    "A special token spelled in the data: plain text, the token, or an error; default is text with "
+    "--apply_chat_template, where only the template may begin and end turns, and the token without."
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class DeepSpeedConfig:
         found = []
         if self.overlap_comm and self.zero_stage < 2:
             found.append(f"--overlap_comm needs --zero_stage 2 or 3, not {self.zero_stage}")
+        if self.adam_offload and self.zero_stage == 0 and gpu_present():
+            found.append("--adam_offload needs --zero_stage 1, 2 or 3, not 0")
         if self.zpg > 1 and self.zero_stage != 3:
             found.append(f"--zpg {self.zpg} needs --zero_stage 3, not {self.zero_stage}")
         return found
@@ -114,6 +124,9 @@ class BatchConfig:
     train_batch_size: int = flag(128, "Samples of one optimizer step over all ranks.", at_least=1)
     max_epochs: int = flag(1, "Passes over the data (PPO: over each rollout batch).", at_least=1)
     seed: int = flag(42, "Seed of order, mixing and sampling.", at_least=0)
+    max_skipped_steps: int = flag(
+        0, "Optimizer steps in a row to leave out when loss or gradient is not finite; 0 stops at once.", at_least=0
+    )
 
     def problems(self) -> list[str]:
         if self.micro_train_batch_size <= self.train_batch_size:
@@ -138,11 +151,14 @@ class DataConfig:
     input_template: str | None = flag(None, "Template with one {} for the prompt; '' means none.")
     apply_chat_template: bool = flag(False, "Use the chat template of the tokenizer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
+    too_long: str = flag("cut", TOO_LONG_HELP, choices=TOO_LONG)
+    special_tokens_in_text: str | None = flag(None, SPELLED_HELP, choices=SPELLED)
 
     def problems(self) -> list[str]:
         if self.dataset is None:
             return ["--dataset is missing: name a folder, a .jsonl file, or a hub data set"]
-        found = probability_problems("dataset", len(self.dataset.split(",")), self.dataset_probs)
+        found = source_problems("dataset", self.dataset, self.dataset_probs)
+        found += source_problems("eval_dataset", self.eval_dataset)
         return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
@@ -161,7 +177,9 @@ class SFTDataConfig(DataConfig):
         if self.multiturn and not self.apply_chat_template:
             found.append("--multiturn needs --apply_chat_template: the turns are found through the template; add it")
         if self.multiturn and self.pretrain_mode:
-            found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing")
+            found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing; drop one")
+        if not self.pretrain_mode:
+            found += same_key_problems(input_key=self.input_key, output_key=self.output_key)
         if not (self.output_key or self.apply_chat_template or self.pretrain_mode):
             found.append(
                 "--output_key is missing: name the column of the answer, or give conversations with "
@@ -178,6 +196,10 @@ class PreferenceDataConfig(DataConfig):
     prompt_key: str | None = flag(None, "Column of the prompt; default: the two answers hold everything.")
     chosen_key: str = flag("chosen", "Column of the preferred answer.")
     rejected_key: str = flag("rejected", "Column of the other answer.")
+
+    def problems(self) -> list[str]:
+        keys = {"prompt_key": self.prompt_key, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
+        return super().problems() + same_key_problems(**keys)
 
 
 @dataclass(frozen=True)
@@ -219,6 +241,7 @@ class LoggingConfig:
     wandb_run_name: str | None = flag(None, "Name of the run; default is the command and the time.")
     use_tensorboard: str | None = flag(None, "Folder for TensorBoard; used when W&B is off.")
     run_path: str | None = flag(None, "Folder of metrics, samples, report and log; default is <save_path>_run.")
+    show_samples: bool = flag(False, "With --dry_run: read the data too and show three samples; a run always does.")
 
     def problems(self) -> list[str]:
         if self.eval_steps:
@@ -233,6 +256,25 @@ class LoggingConfig:
             "--use_wandb holds the key itself, which everyone on this machine sees in the list of processes: put it "
             "into WANDB_API_KEY and write --use_wandb True, or name a file that holds it"
         ]
+
+
+def source_problems(name: str, spec: str | None, probs: str | None = None) -> list[str]:
+    """Return what is wrong with the comma-separated data sets of ``--<name>`` and their probabilities."""
+    entries = [] if spec is None else spec.split(",")
+    if not all(entry.strip() for entry in entries):
+        return [f"--{name} {spec!r}: an entry between the commas is empty; name data sets as in a,b"]
+    return probability_problems(name, len(entries), probs) if probs is not None else []
+
+
+def same_key_problems(**keys: str | None) -> list[str]:
+    """Return a problem for each two of the key flags that name one column."""
+    named = [(flag_name, key) for flag_name, key in keys.items() if key]
+    return [
+        f"--{first} and --{second} both name the column {key!r}: give each its own"
+        for index, (first, key) in enumerate(named)
+        for second, other in named[index + 1 :]
+        if key == other
+    ]
 
 
 def probability_problems(name: str, count: int, probs: str | Iterable[float]) -> list[str]:
@@ -252,7 +294,7 @@ def probability_problems(name: str, count: int, probs: str | Iterable[float]) ->
             f"--{name}_probs has {len(numbers)} values for the {count} data sets of --{name}; for equal shares {even}"
         ]
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
-        return [f"{written}: probabilities are not negative, and finite"]
+        return [f"{written}: probabilities are not negative, and finite; write for example 0.5,0.5"]
     if abs(sum(numbers) - 1.0) > 0.01 + 1e-9:
         return [f"{written}: the probabilities add up to {sum(numbers):g}, they must add up to 1"]
     return []

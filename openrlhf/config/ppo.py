@@ -10,6 +10,10 @@ from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.flags import flag
 from openrlhf.config.groups import (
     EVERYTHING,
+    SPELLED,
+    SPELLED_HELP,
+    TOO_LONG,
+    TOO_LONG_HELP,
     AttentionConfig,
     BatchConfig,
     CheckpointConfig,
@@ -20,7 +24,8 @@ from openrlhf.config.groups import (
     OptimConfig,
     file_problems,
     missing_model,
-    probability_problems,
+    same_key_problems,
+    source_problems,
     template_problems,
 )
 
@@ -205,6 +210,8 @@ class PromptDataConfig:
     input_template: str | None = flag(None, "Template with one {} for the prompt; '' means none.")
     apply_chat_template: bool = flag(False, "Use the chat template of the tokenizer.")
     tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
+    too_long: str = flag("cut", TOO_LONG_HELP, choices=TOO_LONG)
+    special_tokens_in_text: str | None = flag(None, SPELLED_HELP, choices=SPELLED)
     pretrain_data: str | None = flag(None, "Texts of the language-model loss of PPO-ptx.")
     pretrain_data_probs: str = flag("1.0", "Mixing probability of each text data set, separated by commas.")
     pretrain_split: str = flag("train", "Split of the texts.")
@@ -212,7 +219,7 @@ class PromptDataConfig:
     def problems(self) -> list[str]:
         if self.prompt_data is None:
             return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
-        found = probability_problems("prompt_data", len(self.prompt_data.split(",")), self.prompt_data_probs)
+        found = source_problems("prompt_data", self.prompt_data, self.prompt_data_probs)
         return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
@@ -227,10 +234,10 @@ class EvalConfig:
     eval_reward_func: str | None = flag(None, "A .py file that scores rollouts and evaluation for the log only.")
 
     def problems(self) -> list[str]:
-        path = self.eval_reward_func
+        path, found = self.eval_reward_func, source_problems("eval_dataset", self.eval_dataset)
         if path and not path.endswith(".py"):
-            return [f"--eval_reward_func {path} is not a .py file: name one"]
-        return file_problems("eval_reward_func", path)
+            return [*found, f"--eval_reward_func {path} is not a .py file: name one"]
+        return found + file_problems("eval_reward_func", path)
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,12 @@ class PPOConfig:
             )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        elif self.reward.normalize_reward and not self.model.reward_models:
+            found.append(
+                "--normalize_reward uses the mean and std of a reward model and there is none: add --reward_pretrain, "
+                "or leave it out and normalise in the function of --remote_rm_url"
+            )
+        found += same_key_problems(input_key=self.prompts.input_key, label_key=self.reward.label_key)
         if self.checkpoint.use_ds_universal_ckpt:
             found.append(
                 "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "

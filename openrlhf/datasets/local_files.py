@@ -10,13 +10,21 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from openrlhf.datasets.fields import check_keys, check_row
 from openrlhf.errors import DataError
 
+LINE_LIMIT = 50 * 2**20
+"""Bytes of one JSON line. A longer one is a file without line breaks, or not the data that was meant."""
+NO_ROWS = "no rows; give a file with at least one"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+MAGIC = {b"\x1f\x8b": "a gzip file (.gz)", b"PAR1": "a parquet file (.parquet)", b"ARROW1": "an arrow file (.arrow)"}
+BOM = b"\xef\xbb\xbf"
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -70,37 +78,64 @@ def check_file(path: Path, required: Mapping[str, str]) -> None:
         required: key that every row must have -> flag that chooses the key.
 
     Raises:
-        DataError: starts with ``file:line:``.
+        DataError: starts with ``file:line``.
     """
     kind = format_of(path)
     if kind == "json":
         _check_rows(path, required)
     elif kind == "csv":
-        with _open(path) as handle:
-            header = next(csv.reader(line.decode("utf-8-sig", "replace") for line in handle), [])
-        check_keys(header, required, f"{path}:1")
+        _check_table(path, required)
 
 
-def check_keys(keys: Any, required: Mapping[str, str], where: str) -> None:
-    """Raise :class:`DataError` when a required key is not among ``keys``; names what is there and the flag to set."""
-    for key, flag in required.items():
-        if key not in keys:
-            there = ", ".join(map(str, keys)) or "nothing"
-            raise DataError(f"{where}: no key {key!r}; found: {there}; set {flag} to the key that holds it")
+def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield ``("file:line", fields)`` of a CSV file, its header first."""
+    csv.field_size_limit(LINE_LIMIT)
+    with _open(path) as handle:
+        reader = csv.reader(_text(raw, f"{path}:{number}") for number, raw in enumerate(handle, 1))
+        try:
+            yield from ((f"{path}:{reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: bad CSV ({error})") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _check_table(path: Path, required: Mapping[str, str]) -> None:
+    rows = csv_rows(path)
+    where, header = next(rows, (f"{path}:1", []))
+    check_keys(header, required, where)
+    count = 0
+    for where, row in rows:
+        count += bool(row)
+        if len(row) > len(header):
+            raise DataError(
+                f"{where}: {len(row)} fields and the header has {len(header)}; quote the fields that hold a comma"
+            )
+    if not count:
+        raise DataError(f"{path}: {NO_ROWS}")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open a data file, unpacked; what cannot be read inside the block becomes a :class:`DataError`."""
+    packed = path.suffix.lower() == ".gz"
+    try:
+        with gzip.open(path, "rb") if packed else path.open("rb") as handle:
+            yield handle
+    except (OSError, EOFError, zlib.error) as error:
+        hint = "; is it really a whole gzip file?" if packed else ""
+        raise DataError(f"{path}: cannot be read: {error}{hint}") from error
 
 
 def _check_rows(path: Path, required: Mapping[str, str]) -> None:
     first_types: dict[str, tuple[str, str]] = {}
+    where = ""
     for where, row in _json_rows(path):
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}: {_excerpt(str(row))}")
-        check_keys(row, required, where)
+        check_row(row, required, where)
         for key in required:
             _check_type(key, row[key], where, first_types)
+    if not where:
+        raise DataError(f"{path}: {NO_ROWS}")
 
 
 def _check_type(key: str, value: Any, where: str, first_types: dict[str, tuple[str, str]]) -> None:
@@ -116,32 +151,46 @@ def _check_type(key: str, value: Any, where: str, first_types: dict[str, tuple[s
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ``("file:line", value)`` of a file of JSON lines, or ``("file: item n", value)`` of one JSON list."""
     with _open(path) as handle:
-        for number, raw in enumerate(handle, 1):
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if number == 1 and raw.lstrip().startswith(b"["):
+        for number, raw in enumerate(iter(lambda: handle.readline(LINE_LIMIT + 1), b""), 1):
+            if number == 1 and raw.removeprefix(BOM).lstrip().startswith(b"["):
                 rest = raw + handle.read()
                 items = _parse(rest, f"{path}")
                 yield from ((f"{path}: item {index}", item) for index, item in enumerate(items))
                 return
-            if raw.strip():
+            if len(raw) > LINE_LIMIT:
+                raise DataError(
+                    f"{path}:{number}: the line is longer than {LINE_LIMIT // 2**20} MB; write one JSON object a line"
+                )
+            if raw.removeprefix(BOM).strip():
                 yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
 
 
 def _parse(raw: bytes, where: str) -> Any:
+    text = _text(raw, where)
     try:
-        text = raw.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}): {_excerpt(repr(raw))}") from error
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: half of a surrogate pair (\\ud...) is not text: {_excerpt(text)}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: bad JSON at column {error.colno} ({error.msg}): {_excerpt(text)}") from error
-    except ValueError as error:
+        raise DataError(
+            f"{where}: bad JSON at column {error.colno} ({error.msg}): {_excerpt(text)}; "
+            "a file holds one JSON object a line, or one JSON list"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: bad JSON ({error}): {_excerpt(text)}") from error
     return value
+
+
+def _text(raw: bytes, where: str) -> str:
+    """Return a line as text, without the mark that some editors put before the first."""
+    try:
+        return raw.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        kind = next((name for magic, name in MAGIC.items() if raw.startswith(magic)), None)
+        hint = f"; it is {kind}: give the file that extension" if kind else "; save the file as UTF-8"
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}): {_excerpt(repr(raw), 40)}{hint}") from error
 
 
 def _refuse_constant(name: str) -> None:

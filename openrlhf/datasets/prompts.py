@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from openrlhf.datasets import templates
-from openrlhf.datasets.rows import account, numbered_batches, row_name
+from openrlhf.datasets import tokens
+from openrlhf.datasets.fields import as_messages, as_text, is_blank
+from openrlhf.datasets.preview import marked_text, shortened
+from openrlhf.datasets.rows import TokenisedRows
+from openrlhf.datasets.templates import Renderer, fill_template
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prompt:
     source: str = "default"
 
 
-class PromptDataset:
+class PromptDataset(TokenisedRows):
     """Prompts with their template applied, tokenised, and cut on the right at ``prompt_max_len``.
 
     The ``uid`` of a prompt is the number of its row, whatever other rows are left out.
@@ -40,9 +42,11 @@ class PromptDataset:
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries. A column ``datasource`` names the source of a row.
         tokenizer: a Hugging Face tokenizer.
-        prompts_cfg: ``input_key``, ``input_template``, ``apply_chat_template``.
+        prompts_cfg: ``input_key``, ``input_template``, ``apply_chat_template``, ``too_long``,
+            ``special_tokens_in_text``.
         prompt_max_len: tokens kept of a prompt.
         label_key: key of the reference answer, or None.
+        name: what messages call the data.
 
     Attributes:
         dropped: ``Counter`` of rows left out, by reason.
@@ -52,25 +56,24 @@ class PromptDataset:
         DataError: a key is missing, a value has the wrong type, no prompt is left.
     """
 
-    def __init__(self, rows: Any, tokenizer: Any, prompts_cfg: Any, prompt_max_len: int, label_key: str | None = None):
-        self.dropped: Counter[str] = Counter()
-        self.truncated = 0
+    limit_flag = "--prompt_max_len"
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: Any,
+        prompts_cfg: Any,
+        prompt_max_len: int,
+        label_key: str | None = None,
+        name: str = "the data",
+    ):
+        render = Renderer(
+            tokenizer, prompts_cfg.input_template, prompts_cfg.apply_chat_template, prompts_cfg.special_tokens_in_text
+        )
+        super().__init__(tokenizer, prompts_cfg, prompt_max_len, render, name)
+        self._label_key = label_key
         self._prompts: list[tuple[int, str, array, str, str]] = []
-        render = templates.Renderer(tokenizer, prompts_cfg.input_template, prompts_cfg.apply_chat_template)
-        required = {prompts_cfg.input_key: "--input_key"}
-        if label_key:
-            required[label_key] = "--label_key"
-        for batch in numbered_batches(rows, required):
-            usable = [(number, row) for number, row in batch if not templates.is_blank(row[prompts_cfg.input_key])]
-            self.dropped["empty prompt"] += len(batch) - len(usable)
-            texts = [render.prompt(row[prompts_cfg.input_key], row_name(number)) for number, row in usable]
-            for (number, row), text, ids in zip(usable, texts, templates.tokenize(tokenizer, texts), strict=True):
-                self.truncated += len(ids) > prompt_max_len
-                label = label_text(row[label_key]) if label_key else ""
-                source = str(row.get("datasource") or "default")
-                self._prompts.append((number, text, array("i", ids[:prompt_max_len]), label, source))
-        self.dropped = +self.dropped
-        account("prompts", len(self), self.dropped, {f"cut at --prompt_max_len {prompt_max_len}": self.truncated})
+        self._read(rows, {prompts_cfg.input_key: "--input_key"} | ({label_key: "--label_key"} if label_key else {}))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -81,6 +84,24 @@ class PromptDataset:
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
+
+    def preview(self, index: int) -> list[str]:
+        """Return the prompt as the policy reads it, and its label where the data has labels."""
+        prompt = self[index]
+        lines = [marked_text(self.tokenizer, prompt.token_ids, [False] * len(prompt.token_ids))]
+        return lines + ([f"label: {shortened(prompt.label)}"] if self._label_key else [])
+
+    def _add(self, batch: list[tuple[int, dict]]) -> None:
+        key = self.cfg.input_key
+        usable = [(number, row) for number, row in batch if not is_blank(row[key])]
+        self.dropped["empty prompt"] += len(batch) - len(usable)
+        texts = [self._render.prompt(row[key], self._where(number)) for number, row in usable]
+        for (number, row), text, ids in zip(usable, texts, tokens.tokenize(self.tokenizer, texts), strict=True):
+            if not self._keeps(len(ids), number):
+                continue
+            label = label_text(row[self._label_key]) if self._label_key else ""
+            source = str(row.get("datasource") or "default")
+            self._prompts.append((number, tokens.unguarded(text), array("i", ids[: self.limit]), label, source))
 
 
 def label_text(value: Any) -> str:
@@ -106,9 +127,9 @@ def preprocess_data(
     """
     value = data[input_key]
     if apply_chat_template:
-        messages = templates.as_messages(value, "user", "the row")
+        messages = as_messages(value, "user", "the row")
         prompt = apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     else:
-        text = templates.as_text(value, "the row")
-        prompt = templates.fill_template(input_template, text) if input_template else text
+        text = as_text(value, "the row")
+        prompt = fill_template(input_template, text) if input_template else text
     return (prompt, label_text(data[label_key])) if label_key else prompt

@@ -1,4 +1,4 @@
-"""Reading rows in batches, and the account of rows that cannot be used."""
+"""What every kind of data does with its rows: read them in batches, tokenise them, account for those it cannot use."""
 
 from __future__ import annotations
 
@@ -7,53 +7,125 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from openrlhf.datasets.local_files import check_keys
+from openrlhf.datasets.fields import check_keys, check_row
+from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-def numbered_batches(rows: Any, required: Mapping[str, str], size: int = 1000) -> Iterator[list[tuple[int, dict]]]:
+class NothingUsable(DataError):
+    """Every row was left out."""
+
+
+class TokenisedRows:
+    """Base of the data sets: subclasses store the rows of a batch in ``_add`` and count what they leave out.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        cfg: ``too_long`` and the flags that the subclass reads.
+        limit: most tokens of a row, from the flag ``limit_flag``.
+        render: turns the fields of a row into text.
+        name: what messages call the data, such as ``"--dataset rows.jsonl"``.
+
+    Attributes:
+        dropped: ``Counter`` of rows left out, by reason.
+        truncated: number of rows cut at ``limit``.
+    """
+
+    limit_flag = "--max_len"
+    marks = ""
+    """What :meth:`preview` marks."""
+
+    def __init__(self, tokenizer: Any, cfg: Any, limit: int, render: Renderer, name: str):
+        self.tokenizer, self.cfg, self.limit, self.name = tokenizer, cfg, limit, name
+        self.dropped: Counter[str] = Counter()
+        self.truncated = 0
+        self._render = render
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up a batch; masks tell it from text by position."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def preview(self, index: int) -> list[str]:
+        """Return lines that show a row to a person."""
+        raise NotImplementedError
+
+    def _add(self, batch: list[tuple[int, dict]]) -> None:
+        raise NotImplementedError
+
+    def _read(self, rows: Any, required: Mapping[str, str]) -> None:
+        """Take the rows, each with the keys of ``required`` (key -> flag), and log what became of them."""
+        for batch in numbered_batches(rows, required, self.name):
+            self._add(batch)
+        self.dropped = +self.dropped
+        if not len(self):
+            flags = ", ".join([*required.values(), self.limit_flag])
+            raise NothingUsable(f"{self.name}: no row can be used; {self._dropped()}; check the data and {flags}")
+        notes = [f"{count} {note}" for note, count in self._notes().items() if count]
+        if self.dropped or notes:
+            logger.warning("%s: %d rows kept, %s", self.name, len(self), ", ".join([self._dropped(), *notes]))
+
+    def _notes(self) -> dict[str, int]:
+        """Return what else happened to rows, and to how many."""
+        return {
+            f"cut at {self.limit_flag} {self.limit}": self.truncated,
+            self._render.spelling_note(): self._render.rows_spelling,
+        }
+
+    def _dropped(self) -> str:
+        """Return how many rows were left out and why."""
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common())
+        count = sum(self.dropped.values())
+        return f"{count} dropped ({reasons})" if count else "none dropped"
+
+    def _where(self, number: int) -> str:
+        """Return how messages call a row; numbers count from 0 as uids do."""
+        return f"{self.name}: row {number}"
+
+    def _keeps(self, length: int, number: int) -> bool:
+        """Return whether a row of ``length`` tokens is kept, cut where it is too long, as ``--too_long`` says."""
+        if length <= self.limit:
+            return True
+        if self.cfg.too_long == "error":
+            raise DataError(
+                f"{self._where(number)} has {length} tokens, more than {self.limit_flag} {self.limit}: raise it, "
+                "or let --too_long cut or drop such rows"
+            )
+        if self.cfg.too_long == "drop":
+            self.dropped[f"longer than {self.limit_flag} {self.limit}"] += 1
+            return False
+        self.truncated += 1
+        return True
+
+
+def numbered_batches(
+    rows: Any, required: Mapping[str, str], name: str, size: int = 1000
+) -> Iterator[list[tuple[int, dict]]]:
     """Yield batches of ``(row number, row)``.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
         required: key every row must have -> flag that names it.
+        name: what messages call the data.
 
     Raises:
-        DataError: a key is missing, or there are no rows.
+        DataError: a key is missing, a value is neither text nor messages, or there are no rows.
     """
     if len(rows) == 0:
-        raise DataError("the data set has no rows")
+        raise DataError(f"{name}: no rows; give data with at least one")
     if hasattr(rows, "column_names"):
-        check_keys(rows.column_names, required, "the data set")
+        check_keys(rows.column_names, required, name)
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
         if isinstance(batch, dict):
             columns = list(batch)
             batch = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         for number, row in enumerate(batch, start):
-            check_keys(row, required, row_name(number))
+            check_row(row, required, f"{name}: row {number}")
         yield list(enumerate(batch, start))
-
-
-def row_name(number: int) -> str:
-    """Return how messages call a row; numbers count from 0 as uids do."""
-    return f"row {number}"
-
-
-def account(what: str, kept: int, dropped: Counter, notes: Mapping[str, int]) -> None:
-    """Log what became of the rows; raise :class:`DataError` when none is left.
-
-    Args:
-        what: names the data, such as ``"SFT data"``.
-        dropped: rows left out, by reason.
-        notes: other things that happened to rows, such as ``{"cut at --max_len 512": 3}``.
-    """
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-    said = [f"{sum(dropped.values())} dropped ({reasons})"] if dropped else []
-    said += [f"{count} {note}" for note, count in notes.items() if count]
-    if not kept:
-        raise DataError(f"{what}: no row can be used; {', '.join(said)}")
-    if said:
-        logger.warning("%s: %d rows kept, %s", what, kept, ", ".join(said))

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openrlhf.datasets.local_files import FORMATS, check_file, check_keys, data_files, files_of_split, format_of
+from openrlhf import device
+from openrlhf.datasets.fields import check_keys
+from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of
 from openrlhf.datasets.saved import check_saved, is_saved
 from openrlhf.errors import DataError
 
@@ -39,7 +41,7 @@ def load_split(
     if rows is None:
         return None
     if len(rows) == 0:
-        raise DataError(f"{flag} {entry}: the split {split!r} has no rows")
+        raise DataError(f"{flag} {entry}: the split {split!r} has no rows; give data with at least one")
     check_keys(rows.column_names, required, f"{flag} {entry}")
     keep = [name for name in rows.column_names if name in required or name in OPTIONAL_COLUMNS]
     return rows.select_columns(keep) if required else rows
@@ -59,12 +61,29 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
         return {"train": _load_files(format_of(path), [_existing(path, flag)], required)}
     if is_saved(path):
         check_saved(path)
-        return _as_splits(_call_datasets("load_from_disk", entry, str(path)))
+        return _as_splits(_call_datasets("load_from_disk", f"{flag} {entry}", str(path)))
     if path.is_dir() and data_files(path):
         return _open_folder(path, None, split, required)
     if text.startswith((".", "/", "~")):
         _existing(path, flag)
-    return _as_splits(_call_datasets("load_dataset", entry, text, data_dir=data_dir or None))
+    if path.is_file():
+        kinds = ", ".join(FORMATS)
+        raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
+    _check_hub(text, f"{flag} {entry}")
+    return _as_splits(_call_datasets("load_dataset", f"{flag} {entry}", text, data_dir=data_dir or None))
+
+
+def _check_hub(name: str, entry: str) -> None:
+    """Raise DataError when a data set is not in the cache and the hub is out of reach: it would be tried for long."""
+    from datasets import config
+
+    if config.HF_HUB_OFFLINE or (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        return
+    if reason := device.why_unreachable(config.HF_ENDPOINT):
+        raise DataError(
+            f"{entry}: no such file or folder here, and the hub cannot be reached ({config.HF_ENDPOINT}: {reason}); "
+            "name a local file, or download the data where there is a network"
+        )
 
 
 def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[str, str]) -> dict[str, Any]:
@@ -84,11 +103,22 @@ def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[s
 
 def _load_files(kind: str | None, paths: list[Path], required: Mapping[str, str]) -> Dataset:
     for path in paths:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty")
         check_file(path, required)
     names = [str(path) for path in paths]
-    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train")
+    options = _csv_options(paths, required) if kind == "csv" else {}
+    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train", **options)
+
+
+def _csv_options(paths: list[Path], required: Mapping[str, str]) -> dict[str, Any]:
+    """Return what makes pandas keep the required columns as the text they are: ``007``, ``72`` and ``None`` too."""
+    if not required:
+        return {}
+    columns = {name for path in paths for name in next(csv_rows(path))[1]}
+    return {
+        "converters": dict.fromkeys(columns & set(required), str),
+        "keep_default_na": False,
+        "na_values": [""],
+    }
 
 
 def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +130,7 @@ def _call_datasets(function: str, entry: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(datasets, function)(*args, **kwargs)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{entry}: cannot be loaded: {reason[0]}") from error
+        raise DataError(f"{entry}: cannot be loaded: {reason[0]}; is it whole, and what its name says?") from error
 
 
 def _as_splits(loaded: Any) -> dict[str, Any]:

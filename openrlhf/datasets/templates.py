@@ -1,17 +1,17 @@
-"""From a row to text and from text to tokens: plain templates and chat templates, each row rendered once.
+"""From a row to text: plain templates and chat templates, each row rendered once.
 
-A special token such as bos comes from the template's own text: tokenisation adds none, so none can be doubled.
+Special tokens come from the template's own text. Where the data spells one, :meth:`Renderer.guard` puts two marks
+around it that live until ``tokens.tokenize``, which reads what is between them as plain text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
+from openrlhf.datasets.fields import as_messages, as_text, assistant_turns
+from openrlhf.datasets.tokens import CLOSE, OPEN, special_tokens
 from openrlhf.errors import DataError, UsageError
-
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Renderer:
@@ -21,12 +21,23 @@ class Renderer:
         tokenizer: brings the chat template.
         input_template: python format with one ``{}`` for the prompt; None or ``""`` leaves the prompt as it is.
         apply_chat_template: use the tokenizer's chat template in place of ``input_template``.
+        spelled: what becomes of a special token that the data spells: ``"text"``, ``"token"`` or ``"error"``; None is
+            text in conversations, where only the template may begin and end turns, and a token elsewhere.
+
+    Attributes:
+        rows_spelling: rows whose text spells a special token.
 
     Raises:
         DataError: a chat template is asked for and the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: Any, input_template: str | None = None, apply_chat_template: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        input_template: str | None = None,
+        apply_chat_template: bool = False,
+        spelled: str | None = None,
+    ):
         if apply_chat_template and not tokenizer.chat_template:
             raise DataError(
                 f"--apply_chat_template: the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
@@ -35,14 +46,51 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = input_template
         self.chat = apply_chat_template
+        self.spelled = spelled or ("text" if apply_chat_template else "token")
+        self.rows_spelling = 0
+        self._last_spelling = ""
         self._special = tuple({str(token) for token in special_tokens(tokenizer).values()})
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._spells = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def prompt(self, value: Any, where: str) -> str:
         """Return the text that a policy continues."""
         if self.chat:
             return self.conversation(as_messages(value, "user", where), where, generation_prompt=True)
-        text = as_text(value, where)
-        return fill_template(self.template, text) if self.template else text
+        text = self.text(value, where)
+        return self._one_bos(fill_template(self.template, text) if self.template else text)
+
+    def text(self, value: Any, where: str) -> str:
+        """Return a field that is no conversation, guarded."""
+        return self.guard(as_text(value, where), where)
+
+    def guard(self, value: Any, where: str) -> Any:
+        """Return ``value`` with the special tokens that its strings spell treated as ``spelled`` says."""
+        if isinstance(value, list):
+            return [self.guard(part, where) for part in value]
+        if isinstance(value, dict):
+            return {key: self.guard(part, where) for key, part in value.items()}
+        if not isinstance(value, str) or not (found := self._spells.search(value)):
+            return value
+        if self.spelled == "error":
+            raise DataError(
+                f"{where}: the text spells the special token {found.group()!r}; --special_tokens_in_text text reads "
+                "it as plain text, token as the token"
+            )
+        self.rows_spelling += where != self._last_spelling
+        self._last_spelling = where
+        return value if self.spelled == "token" else self._spells.sub(f"{OPEN}\\g<0>{CLOSE}", value)
+
+    def spelling_note(self) -> str:
+        """Return what to say of :attr:`rows_spelling` rows."""
+        return f"with a special token in their text, read as {'plain text' if self.spelled == 'text' else 'the token'}"
+
+    def _one_bos(self, text: str) -> str:
+        """Drop the beginning-of-sequence tokens before the last of those that ``text`` starts with."""
+        bos = self.tokenizer.bos_token
+        while bos and text.startswith(bos + bos):
+            text = text[len(bos) :]
+        return text
 
     def pair(self, prompt: Any, response: Any, where: str) -> tuple[str, str]:
         """Return ``(prompt text, response text)``: the two halves of one rendering, trailing newlines removed.
@@ -50,7 +98,7 @@ class Renderer:
         In a chat, strings become a user and an assistant message; lists are message lists.
         """
         if not self.chat:
-            return self.prompt(prompt, where), as_text(response, where).rstrip("\n")
+            return self.prompt(prompt, where), self.text(response, where).rstrip("\n")
         context, answer = as_messages(prompt, "user", where), as_messages(response, "assistant", where)
         if context and answer[: len(context)] == context:
             answer = answer[len(context) :]
@@ -83,13 +131,20 @@ class Renderer:
 
     def conversation(self, messages: list[dict], where: str, generation_prompt: bool = False) -> str:
         """Return the chat template's text of ``messages``."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
+        messages = self.guard(messages, where)
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except TemplateError as error:
+            return self._one_bos(text)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja ({error}): mend it, or give another with "
+                "--tokenizer_chat_template"
+            ) from error
+        except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(f"{where}: the chat template refuses the roles {roles}: {error}") from error
 
@@ -105,93 +160,3 @@ def fill_template(template: str, text: str) -> str:
         return template.format(text)
     except (KeyError, IndexError, ValueError) as error:
         raise UsageError(f"--input_template {template!r}: needs one {{}} and no other braces ({error!r})") from error
-
-
-def as_text(value: Any, where: str) -> str:
-    """Return ``value`` when it is a string, ``""`` for None; anything else is a :class:`DataError`."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        hint = "; a list of messages needs --apply_chat_template" if isinstance(value, list) else ""
-        raise DataError(f"{where}: expected text, found {type(value).__name__}{hint}")
-    return value
-
-
-def as_messages(value: Any, role: str, where: str) -> list[dict]:
-    """Return a list of messages; a plain string becomes one message of ``role``, None becomes none."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise DataError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            raise DataError(f"{where}: a message has the keys role and content; found: {found}")
-        if not isinstance(message["content"], str) and not message.get("tool_calls"):
-            raise DataError(f"{where}: the content of a message is text; found {type(message['content']).__name__}")
-        messages.append({key: part for key, part in message.items() if part is not None or key == "content"})
-    return messages
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a prompt or response field holds nothing but white space; for messages the last one is looked at."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return not value[-1].get("tool_calls") and is_blank(value[-1].get("content"))
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def assistant_turns(messages: list[dict]) -> list[int]:
-    """Return the positions of the assistant messages that say something."""
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and not is_blank([message])]
-
-
-def special_tokens(tokenizer: Any) -> dict[int, Any]:
-    """Return ``{id: token}`` of everything the tokenizer treats as a special token."""
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return named | {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def has_generation_block(tokenizer: Any) -> bool:
-    """Whether the chat template itself marks what the assistant says."""
-    return GENERATION_BLOCK.search(tokenizer.get_chat_template()) is not None
-
-
-def eos_of(tokenizer: Any) -> int:
-    """Return the id of the end-of-sequence token; raise :class:`DataError` when there is none."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer of {tokenizer.name_or_path!r} has no eos token: answers could not end")
-    return tokenizer.eos_token_id
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each text, with no token added."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def tokenize_pieces(tokenizer: Any, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """Return token ids of every piece of every row; a row's pieces are consecutive parts of one text.
-
-    The ids of a row, put together, are those of the whole text. Only where a token of the whole text would reach
-    over the border of two pieces, the second piece is tokenised by itself: a prompt then has the same ids here as
-    when it is given to generation.
-    """
-    prefixes = ["".join(row[: end + 1]) for row in rows for end in range(len(row))]
-    prefix_ids = iter(tokenize(tokenizer, prefixes))
-    result: list[list[list[int]]] = []
-    alone: list[tuple[int, int]] = []
-    for row_number, row in enumerate(rows):
-        before: list[int] = []
-        pieces = []
-        for number in range(len(row)):
-            ids = next(prefix_ids)
-            if ids[: len(before)] != before:
-                alone.append((row_number, number))
-            pieces.append(ids[len(before) :])
-            before = ids
-        result.append(pieces)
-    for (row_number, number), ids in zip(alone, tokenize(tokenizer, [rows[r][n] for r, n in alone]), strict=True):
-        result[row_number][number] = ids
-    return result

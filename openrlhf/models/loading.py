@@ -149,7 +149,18 @@ def loading_error(error: Exception, source: str, what: str) -> DataError:
         return DataError(f"{source}: {what} {OWN_CODE}")
     if "safetensors" in str(error) and ".bin" in str(error):
         return DataError(f"{source}: there are no safetensors weights; {CONVERT}")
-    return DataError(f"{source}: {what} cannot be loaded: {error}")
+    reason = " ".join(str(error).split())
+    if "couldn't connect" in reason.lower() or "offline" in reason.lower():
+        return unreachable(source, what)
+    return DataError(f"{source}: {what} cannot be loaded: {reason}")
+
+
+def unreachable(source: str, what: str) -> DataError:
+    """Return what to tell when the hub cannot be asked for something that is not on this machine."""
+    return DataError(
+        f"{source}: no such folder here, and the hub cannot be reached for {what}; name a local folder, or download "
+        "it where there is a network (`hf download NAME`)"
+    )
 
 
 def check_path(path: str | None, *, trust_remote_code: bool, flag: str = "--pretrain") -> bool:

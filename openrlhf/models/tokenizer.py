@@ -13,33 +13,41 @@ FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "voc
 
 
 def load_tokenizer(
-    path: str, *, use_fast: bool = True, trust_remote_code: bool = False, chat_template: str | None = None
+    path: str,
+    *,
+    use_fast: bool = True,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    flag: str = "--pretrain",
 ):
     """Return the tokenizer of the folder or hub model ``path``, padding on the right.
 
     A missing pad token, or one that is also the end of a sequence, is replaced by a token that the model's vocabulary
-    already has; the vocabulary never grows. ``chat_template`` takes the place of the tokenizer's own.
+    already has; the vocabulary never grows. ``chat_template`` takes the place of the tokenizer's own. ``flag`` named
+    ``path``, for messages.
 
     Raises:
-        DataError: there is no tokenizer at ``path``, or it does not say which token ends a sequence.
+        DataError: there is no tokenizer at ``path``, it does not say which token ends a sequence, or it has tokens
+            that the model has no embedding for.
     """
     from transformers import AutoTokenizer
 
     from openrlhf.models.loading import check_folder, loading_error
 
-    local = check_folder(path, trust_remote_code=trust_remote_code)
+    local = check_folder(path, trust_remote_code=trust_remote_code, flag=flag)
     if local and not any((Path(path) / name).is_file() for name in FILES):
-        raise DataError(f"--pretrain {path}: the folder has no tokenizer; copy tokenizer.json from the base model")
+        raise DataError(f"{flag} {path}: the folder has no tokenizer; copy tokenizer.json from the base model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise loading_error(error, f"--pretrain {path}", "its tokenizer") from error
+        raise loading_error(error, f"{flag} {path}", "its tokenizer") from error
     known = _embedded_tokens(path, trust_remote_code)
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise DataError(
-            f"--pretrain {path}: the tokenizer has no end-of-sequence token that the model knows; "
+            f"{flag} {path}: the tokenizer has no end-of-sequence token that the model knows; "
             "set `eos_token` in tokenizer_config.json"
         )
+    _check_vocabulary(tokenizer, known, f"{flag} {path}")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = _pad_token(tokenizer, known)
@@ -60,6 +68,17 @@ def _embedded_tokens(path: str, trust_remote_code: bool) -> float:
     except (OSError, ValueError):
         return float("inf")
     return getattr(config.get_text_config(), "vocab_size", float("inf"))
+
+
+def _check_vocabulary(tokenizer, known: float, source: str) -> None:
+    """Raise DataError when ordinary tokens have no embedding; special ones that transformers added are never made."""
+    special = set(tokenizer.all_special_ids)
+    beyond = sorted(index for index in tokenizer.get_vocab().values() if index >= known and index not in special)
+    if beyond:
+        raise DataError(
+            f"{source}: the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {known:,.0f} "
+            f"(vocab_size in config.json), so {len(beyond):,} tokens have none; copy the tokenizer of this model"
+        )
 
 
 def _pad_token(tokenizer, known: float) -> str:

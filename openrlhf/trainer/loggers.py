@@ -51,8 +51,11 @@ class Logger:
         except self.expected as error:
             self.failures += 1
             if self.failures == 1:
-                reason = str(error).replace(self._secret, "***") if self._secret else str(error)
+                reason = self._without_secret(error)
                 LOG.warning("%s failed (%s: %s); training goes on", type(self).__name__, type(error).__name__, reason)
+
+    def _without_secret(self, error: Exception) -> str:
+        return str(error).replace(self._secret, "***") if self._secret else str(error)
 
     def _open(self, step: int) -> None:
         """Open what is written to."""
@@ -139,18 +142,31 @@ class WandbLogger(Logger):
         self._secret = wandb_key(self._config.use_wandb)
         # wandb stores the command line of the process with the run. `wandb.login` would store the key in ~/.netrc.
         hide_in_argv(self._secret)
-        self._run = wandb.init(
+        try:
+            self._run = self._init(api_key=self._secret or None)
+        except (wandb.Error, OSError) as error:
+            LOG.warning(
+                "Weights & Biases refuses or is out of reach (%s): logging offline to %s; `wandb sync` sends it later",
+                self._without_secret(error),
+                self._folder,
+            )
+            self._run = self._init(mode="offline")
+        for phase in ("train", "eval"):
+            self._run.define_metric(f"{phase}/global_step")
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/global_step")
+
+    def _init(self, **settings: Any) -> Any:
+        import wandb
+
+        return wandb.init(
             entity=self._config.wandb_org,
             project=self._config.wandb_project,
             group=self._config.wandb_group,
             name=self._config.wandb_run_name,
             config=self._flags,
             dir=self._folder,
-            settings=wandb.Settings(console="off", init_timeout=30, api_key=self._secret or None),
+            settings=wandb.Settings(console="off", init_timeout=30, **settings),
         )
-        for phase in ("train", "eval"):
-            self._run.define_metric(f"{phase}/global_step")
-            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/global_step")
 
     def _write(self, phase: str, step: int, epoch: int, values: Mapping[str, float]) -> None:
         named = {f"{phase}/{name}": value for name, value in values.items()}

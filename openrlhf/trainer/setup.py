@@ -17,6 +17,7 @@ from typing import Any
 from openrlhf.config.arguments import to_flat_dict
 from openrlhf.config.groups import CheckpointConfig, run_folder
 from openrlhf.config.plan import step_text, total_text
+from openrlhf.datasets.preview import sample_lines
 from openrlhf.errors import InfraError
 from openrlhf.strategy import files
 from openrlhf.strategy.lock import FolderLock
@@ -99,6 +100,7 @@ def start_up_lines(config: Any, run: Run, strategy: Any, model: Any, train_data:
         f"run      {run.path} ({LOG_NAME} there takes what libraries print)",
         _place_line(config, strategy),
         _data_line(train_data, eval_data),
+        *sample_lines(train_data),
         f"batch    {step_text(config.batch, strategy.world_size, 'rows')}",
         f"         {total_text(config.batch, len(train_data))}",
         _model_line(config, strategy.world_size, model),

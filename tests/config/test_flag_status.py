@@ -65,7 +65,7 @@ def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
 
 
 def test_help_shows_the_status_of_a_flag(capsys):
-    for config_class in (PPOConfig, RewardModelConfig):
+    for config_class in (PPOConfig, RewardModelConfig, SFTConfig):
         print_help(config_class, config_class.__name__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*NOT_YET, *NO_EFFECT_HERE):
@@ -110,3 +110,54 @@ def test_offloading_the_reference_needs_a_gpu_and_stage_three():
 def test_a_flag_of_a_feature_that_is_off_is_told(words, feature, capsys):
     parse(PPOConfig, [*PPO, *words], "train_ppo_ray")
     assert capsys.readouterr().err == f"note: {words[0]} has no effect here: it needs {feature}\n"
+
+
+NO_USE = [
+    ("train_sft", "--tokenizer_chat_template x"),
+    ("train_sft", "--apply_chat_template --input_template {}"),
+    ("train_sft", "--pretrain_mode --output_key answer"),
+    ("train_sft", "--pretrain_mode --apply_chat_template"),
+    ("train_sft", "--gradient_checkpointing_use_reentrant"),
+    ("train_sft", "--wandb_project p"),
+    ("train_sft", "--save_hf_ckpt"),
+    ("train_sft", "--show_samples"),
+    ("train_rm", "--loss logexp --margin_loss"),
+    ("train_ppo_ray", "--advantage_estimator reinforce --critic_pretrain c"),
+    ("train_ppo_ray", "--advantage_estimator reinforce --lambd 0.9"),
+    ("train_ppo_ray", "--enforce_eager"),
+    ("train_ppo_ray", "--ema_beta 0.9"),
+    ("train_ppo_ray", "--label_key gold"),
+    ("train_ppo_ray", "--eval_steps 5"),
+    ("train_ppo_ray", "--eval_temperature 0"),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), NO_USE, ids=[" ".join(row) for row in NO_USE])
+def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
+    classes = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+    good = {"train_sft": SFT[:4] if "pretrain_mode" in words else SFT, "train_rm": SFT[:4], "train_ppo_ray": PPO}
+    parse(classes[command], [*good[command], *words.split()], command)
+    idle = words.split("--")[-1].split()[0]
+    assert f"note: --{idle} has no effect here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "says"),
+    [
+        (
+            "vllm",
+            "--vllm_num_engines 1",
+            "--vllm_num_engines needs vllm, which is not installed: pip install 'openrlhf[vllm]'",
+        ),
+        ("wandb", "--use_wandb True", "--use_wandb needs wandb, which is not installed: pip install 'wandb'"),
+        ("tensorboard", "--use_tensorboard t", "--use_tensorboard needs tensorboard"),
+        ("deepspeed", "", "the package deepspeed is not installed: pip install openrlhf"),
+        ("ray", "", "the package ray is not installed: pip install openrlhf"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_what_installs_it(module, words, says, monkeypatch):
+    monkeypatch.setattr("openrlhf.config.flag_status.find_spec", lambda name: None if name == module else object())
+    with pytest.raises(UsageError) as caught:
+        parse(PPOConfig, [*PPO, *words.split()], "train_ppo_ray")
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(says)
+    assert parse(PPOConfig, [*PPO, *words.split(), "--dry_run"], "train_ppo_ray")[1]

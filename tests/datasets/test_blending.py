@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -181,7 +182,15 @@ def test_an_unknown_split_lists_the_splits_there(write_lines, tmp_path):
         ("[1, 2]", r"a.jsonl:3: expected a JSON object, found list"),
         ({"prompt": "x", "output": "y"}, r"a.jsonl:3: no key 'input'; found: prompt, output; set --input_key"),
         ({"input": "x"}, r"a.jsonl:3: no key 'output'; found: input; set --output_key"),
-        ({"input": 7, "output": "y"}, r"a.jsonl:3: 'input' is a number here and a str in .*a.jsonl:1"),
+        (
+            {"input": [{"role": "user", "content": "x"}], "output": "y"},
+            r"a.jsonl:3: 'input' is a list here and a str in .*a.jsonl:1",
+        ),
+        (
+            {"input": 7, "output": "y"},
+            r"a.jsonl:3: 'input' \(--input_key\): expected text or a list of messages",
+        ),
+        ({"input": "x", "output": "y", "margin": "big"}, r"a.jsonl:3: 'margin' is a number; found str"),
         ('{"input": "\\ud800", "output": "y"}', r"a.jsonl:3: half of a surrogate pair"),
         ('{"input": "x", "output": NaN}', r"a.jsonl:3: bad JSON \(NaN is not JSON\)"),
     ],
@@ -217,7 +226,7 @@ def test_csv_and_parquet_without_the_key_name_the_columns(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "empty.json"])
 def test_an_empty_file_is_a_data_error(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match="the file is empty"):
+    with pytest.raises(DataError, match="no rows"):
         mixture(tmp_path / name)
 
 
@@ -252,3 +261,44 @@ def test_loading_rows_does_not_import_torch(write_lines):
         "sys.exit(int('torch' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_answers_in_a_csv_file_stay_the_text_they_are(tmp_path):
+    answers = ["007", "72", "None", "NA", "1e5", "true", " x ", "1,000", "two\nlines"]
+    quoted = "".join(f'q,"{answer}",{number}\n' for number, answer in enumerate(answers))
+    (tmp_path / "a.csv").write_text("\ufeffinput,output,margin\n" + quoted, encoding="utf-8")
+    table = mixture(tmp_path / "a.csv")
+    assert table["output"][:] == answers
+    assert table["margin"][:] == list(range(len(answers)))
+
+
+def test_packed_lines_are_read_and_checked_too(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in [*rows(2), {"input": "x"}])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:3: no key 'output'"):
+        mixture(tmp_path / "a.jsonl.gz")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text.rsplit("{", 1)[0].encode()))
+    assert len(mixture(tmp_path / "b.jsonl.gz")) == 2
+
+
+def test_a_line_may_be_long_but_not_endless(tmp_path, monkeypatch):
+    monkeypatch.setattr("openrlhf.datasets.local_files.LINE_LIMIT", 1000)
+    line = json.dumps({"input": "x" * 900, "output": "y"})
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n")
+    assert len(mixture(tmp_path / "a.jsonl")) == 2
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{json.dumps({'input': 'x' * 1000, 'output': 'y'})}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than"):
+        mixture(tmp_path / "a.jsonl")
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(
+            DataError, match="--dataset nobody/none: no such file or folder here, and the hub cannot be"
+        ):
+            mixture("nobody/none")

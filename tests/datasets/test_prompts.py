@@ -54,3 +54,18 @@ def test_preprocess_data_keeps_the_public_signature(chatml):
     rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert preprocess_data(row, None, "input", chatml.apply_chat_template) == rendered
     assert preprocess_data(row, "Q: {}", label_key="label") == ("Q: Hi", "x")
+
+
+@pytest.mark.parametrize(
+    ("policy", "uids"), [("cut", ["0", "1", "2", "3"]), ("drop", ["0", "2", "3"]), ("error", None)]
+)
+def test_one_long_prompt_of_four_is_cut_dropped_or_refused(chatml, policy, uids):
+    rows = [{"input": text} for text in ("1 2", "1 2 3 4 5 6 7 8", "3", "4")]
+    if uids is None:
+        with pytest.raises(DataError, match="row 1 has 15 tokens, more than --prompt_max_len 6"):
+            PromptDataset(rows, chatml, config(too_long=policy), 6)
+        return
+    dataset = PromptDataset(rows, chatml, config(too_long=policy), 6)
+    assert [prompt.uid for prompt in dataset] == uids
+    assert max(len(prompt.token_ids) for prompt in dataset) <= 6
+    assert (dataset.truncated, sum(dataset.dropped.values())) == ((1, 0) if policy == "cut" else (0, 1))

@@ -87,11 +87,15 @@ def test_pairs_without_a_difference_and_empty_answers_are_dropped_and_counted(ch
     ]
     dataset = PreferenceDataset(rows, chatml, config(max_len=64))
     assert len(dataset) == 1
-    assert dataset.dropped == {"chosen equals rejected": 1, "equal after truncation": 2, "empty answer": 2}
+    assert dataset.dropped == {
+        "chosen equals rejected": 1,
+        "equal after the cut at --max_len 64": 2,
+        "empty answer": 2,
+    }
 
 
 def test_no_pair_left_is_an_error(chatml):
-    with pytest.raises(DataError, match="preference data: no row can be used; 1 dropped .chosen equals rejected: 1"):
+    with pytest.raises(DataError, match="the data: no row can be used; 1 dropped .chosen equals rejected: 1"):
         PreferenceDataset([ROW | {"rejected": ROW["chosen"]}], chatml, config())
 
 
@@ -103,7 +107,7 @@ def test_text_answers_with_a_chat_template_need_a_prompt_key(chatml):
 def test_a_missing_key_and_a_bad_margin_are_named(chatml):
     with pytest.raises(DataError, match="no key 'better'; found: prompt, chosen, rejected; set --chosen_key"):
         PreferenceDataset([ROW], chatml, config(chosen_key="better"))
-    with pytest.raises(DataError, match="row 0: the margin is a number; found str"):
+    with pytest.raises(DataError, match="row 0: 'margin' is a number; found str"):
         PreferenceDataset([ROW | {"margin": "big"}], chatml, config())
 
 
@@ -112,3 +116,20 @@ def test_no_pairs_collate_to_a_pair_of_weight_zero(chatml):
     assert batch.sequences.shape == (2, 2)
     assert batch.margin.shape == (1,)
     assert not batch.loss_mask.any()
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("cut", 3), ("drop", 2), ("error", 0)])
+def test_a_pair_over_max_len_is_cut_dropped_or_refused(chatml, policy, kept):
+    rows = [ROW, ROW | {"chosen": "1 " * 60}, ROW]
+    if not kept:
+        with pytest.raises(DataError, match="row 1 has .* tokens, more than --max_len 40"):
+            PreferenceDataset(rows, chatml, config(max_len=40, too_long=policy))
+        return
+    dataset = PreferenceDataset(rows, chatml, config(max_len=40, too_long=policy))
+    assert (len(dataset), sum(dataset.dropped.values()), dataset.truncated) == (kept, 3 - kept, kept - 2)
+
+
+def test_pairs_that_differ_only_beyond_max_len_are_an_error_where_that_is_asked(chatml):
+    row = {"prompt": "a", "chosen": "x " * 90 + "1", "rejected": "x " * 90 + "2"}
+    with pytest.raises(DataError, match="row 0 has .* tokens, more than --max_len 64"):
+        PreferenceDataset([row], chatml, config(max_len=64, too_long="error"))

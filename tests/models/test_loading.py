@@ -50,7 +50,7 @@ def test_no_path_at_all_is_a_data_error():
 
 def test_a_hub_name_is_passed_through(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DataError, match="somebody/no-such-model: the model cannot be loaded"):
+    with pytest.raises(DataError, match="somebody/no-such-model: no such folder here, and the hub"):
         load_causal_lm("somebody/no-such-model", PLAIN)
 
 

@@ -87,3 +87,16 @@ def test_digits_are_single_tokens_and_text_survives_the_round_trip(folder):
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer("2026", add_special_tokens=False).input_ids) == 4
     assert tokenizer.decode(tokenizer("48 clips, café").input_ids) == "48 clips, café"
+
+
+def test_more_tokens_than_the_model_embeds_are_an_error_at_once(tmp_path):
+    tiny_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 256}))
+    with pytest.raises(DataError, match=r"--reward_pretrain .*the tokenizer has \d+ tokens and the model.* for 256"):
+        load_tokenizer(str(tmp_path), flag="--reward_pretrain")
+
+
+def test_fewer_tokens_than_the_model_embeds_are_usual(tmp_path):
+    tiny_folder(tmp_path, vocab=384)
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 2

@@ -8,18 +8,22 @@ from pathlib import Path
 from openrlhf.config.continuing import training_flags
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.blending import load_mixture, required_keys
+from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
+from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
+from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.models import check_vocabulary
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank
@@ -41,12 +45,15 @@ class Inputs:
 
     def __init__(self, config: PPOConfig):
         self.config = config
+        _check_folders(config)
         self.tokenizer = load_tokenizer(
             config.model.pretrain,
             use_fast=not config.model.disable_fast_tokenizer,
             trust_remote_code=config.model.trust_remote_code,
             chat_template=config.prompts.tokenizer_chat_template,
         )
+        for path in config.model.reward_models:
+            check_vocabulary(config, path, self.tokenizer)
         reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
         self.reward_function = RewardFunction(reward_file) if reward_file else None
         self.true_score = RewardFunction(eval_file) if eval_file else None
@@ -72,7 +79,24 @@ class Inputs:
             flag=flag,
             required=required_keys(data, label_key=reward.label_key),
         )
-        return PromptDataset(rows, self.tokenizer, data, self.config.rollout.prompt_max_len, reward.label_key)
+        most = self.config.rollout.prompt_max_len
+        return PromptDataset(rows, self.tokenizer, data, most, reward.label_key, f"{flag} {spec}")
+
+
+def _check_folders(config: PPOConfig) -> None:
+    """Raise DataError when a model folder cannot be loaded, or does not suit its role."""
+    model = config.model
+    check_language_model(model.pretrain, trust_remote_code=model.trust_remote_code)
+    for path in model.reward_models:
+        check_reward_model(
+            path,
+            trust_remote_code=model.trust_remote_code,
+            value_head_prefix=model.value_head_prefix,
+            normalize_reward=config.reward.normalize_reward,
+            flag="--reward_pretrain",
+        )
+    if model.critic_pretrain:
+        check_model(model.critic_pretrain, trust_remote_code=model.trust_remote_code, flag="--critic_pretrain")
 
 
 def build_loop(
@@ -96,6 +120,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
         say=run.say,
     )
     return [
+        Alarms(PPO_ALARMS, run.say),
         ProgressLine(run.console, SHOWN),
         MetricLogging(
             JsonlLogger(run.path / "metrics.jsonl"),
@@ -118,6 +143,7 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         f"where    {placement[0]}, ZeRO-{config.deepspeed.zero_stage}, {precision}",
         *(f"         {line.strip()}" for line in placement[1:]),
         f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate",
+        *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",
         f"policy   {config.model.pretrain}: {parameters:,} parameters; about {gib:.2f} GiB a rank for weights, "

@@ -1,0 +1,59 @@
+"""What a supervised run reads before any model is loaded, so that wrong data fails in seconds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openrlhf.datasets.blending import load_train_eval
+from openrlhf.datasets.rows import NothingUsable
+from openrlhf.models.suitability import check_language_model
+from openrlhf.models.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokenizer, and the rows to train and to evaluate on; ``evaluation`` may be empty."""
+
+    tokenizer: Any
+    train: Any
+    evaluation: Sequence[Any]
+
+
+def read_inputs(config: Any, dataset: type, stopping: str, check: Callable = check_language_model) -> Inputs:
+    """Read the tokenizer and the data of a supervised command.
+
+    Args:
+        dataset: the class of the rows, called as ``dataset(rows, tokenizer, config.data, name)``.
+        stopping: when a mixture ends: ``"first_exhausted"`` or ``"all_exhausted"``.
+        check: what the model folder must pass, of :mod:`openrlhf.models.suitability`.
+
+    Raises:
+        DataError: the model folder, the tokenizer or a row cannot be used.
+    """
+    model, data = config.model, config.data
+    check(model.pretrain, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(
+        model.pretrain,
+        use_fast=not model.disable_fast_tokenizer,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=data.tokenizer_chat_template,
+    )
+    train_rows, eval_rows = load_train_eval(data, config.batch.seed, stopping)
+    train = dataset(train_rows, tokenizer, data, f"--dataset {data.dataset}")
+    return Inputs(tokenizer, train, _evaluation(eval_rows, dataset, tokenizer, data))
+
+
+def _evaluation(rows: Any, dataset: type, tokenizer: Any, data: Any) -> Sequence[Any]:
+    """Return the rows to evaluate on; none where nobody asked for these and none of them can be used."""
+    if data.eval_dataset:
+        return dataset(rows, tokenizer, data, f"--eval_dataset {data.eval_dataset}")
+    try:
+        return dataset(rows, tokenizer, data, f"evaluation rows of {data.dataset}")
+    except NothingUsable as error:
+        logger.warning("%s; the run does not evaluate", error)
+        return []
