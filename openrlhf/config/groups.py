@@ -209,11 +209,13 @@ class CheckpointConfig:
     save_path: str = flag("./ckpt", "Folder of the final Hugging Face model.")
     save_steps: int = flag(-1, "Checkpoint every N optimizer steps (PPO: rollout steps); -1 never.", at_least=-1)
     ckpt_path: str = flag("./ckpt/checkpoints", "Folder of checkpoints to resume from.")
-    max_ckpt_num: int = flag(3, "Most checkpoints kept.", at_least=1)
+    max_ckpt_num: int = flag(3, "Most checkpoints kept, beside the one with the best evaluation.", at_least=1)
     max_ckpt_mem: int = flag(EVERYTHING, "Most gigabytes of checkpoints kept.", at_least=1)
     load_checkpoint: bool = flag(False, "Resume from the latest whole checkpoint in --ckpt_path.")
     save_hf_ckpt: bool = flag(False, "Write a Hugging Face model beside each checkpoint.")
     disable_ds_ckpt: bool = flag(False, "Do not write the part of a checkpoint that training resumes from.")
+    allow_config_change: bool = flag(False, "Resume although data or flags that change the training are others.")
+    use_ds_universal_ckpt: bool = flag(False, "Resume a checkpoint of another number of ranks or ZeRO stage.")
 
     def problems(self) -> list[str]:
         found = []

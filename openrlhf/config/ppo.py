@@ -307,6 +307,11 @@ class PPOConfig:
                 "or leave it out and normalise in the function of --remote_rm_url"
             )
         found += same_key_problems(input_key=self.prompts.input_key, label_key=self.reward.label_key)
+        if self.checkpoint.use_ds_universal_ckpt:
+            found.append(
+                "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "
+                "resume with the ranks and the --zero_stage that the checkpoint was saved with"
+            )
         if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:
             found.append("--zero_stage 3 cannot generate with the policy: set --vllm_num_engines, or use stage 2")
         if self.rollout.max_len and self.rollout.max_len <= self.rollout.prompt_max_len:

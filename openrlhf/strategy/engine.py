@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from openrlhf.errors import DataError, NumericError
+from openrlhf.strategy.deferred import write_after
+from openrlhf.strategy.universal import reading_universal
 from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 DISK_S = 3600.0
 """How long ranks wait for one that writes or reads a checkpoint."""
+
+
+HYPERPARAMETERS = ("betas", "weight_decay")
 
 
 class StepResult(NamedTuple):
@@ -123,10 +128,13 @@ class TrainEngine:
         return named_weights(root or self.module, self.strategy, dtype, wanted)
 
     def save(self, directory: str | Path) -> None:
-        """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format."""
+        """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format.
+
+        Ranks do not wait for each other's disks: the caller must, before the weights change on any rank.
+        """
         directory = Path(directory)
         state = {"schedule": self._schedule.state_dict()}
-        with self._waiting(f"saving {directory}", DISK_S):
+        with write_after(self.engine), self._waiting(f"saving {directory}", DISK_S):
             self.engine.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=state, save_latest=False
             )
@@ -139,13 +147,26 @@ class TrainEngine:
         directory = Path(directory)
         if not directory.is_dir():
             raise DataError(f"{directory}: no such checkpoint folder")
-        with self._waiting(f"loading {directory}", DISK_S), tensors_only(directory):
+        given = [{name: group[name] for name in HYPERPARAMETERS} for group in self._optimizer.param_groups]
+        rates = list(self._schedule.base_lrs)
+        reading = tensors_only(directory), reading_universal(self.engine, directory)
+        with self._waiting(f"loading {directory}", DISK_S), reading[0], reading[1]:
             path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")
         self._schedule.load_state_dict(state["schedule"])
+        self._apply(given, rates)
         if hasattr(self.engine.optimizer, "clip_grad"):
             self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+
+    def _apply(self, given: list[dict[str, Any]], rates: list[float]) -> None:
+        """Let the flags of this run win over those that the checkpoint was written with; mostly they are the same."""
+        self._schedule.base_lrs = rates
+        done = self._schedule.last_epoch
+        for group, values, rate, factor in zip(
+            self._optimizer.param_groups, given, rates, self._schedule.lr_lambdas, strict=True
+        ):
+            group.update(values, initial_lr=rate, lr=rate * factor(done))
 
     def _waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
         return self.strategy.comm.waiting(what, timeout_s)

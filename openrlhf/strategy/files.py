@@ -10,6 +10,8 @@ from pathlib import Path
 BLOCK = 1 << 22
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 INDEX_SUFFIX = ".index.json"
+# What torch.save says when the disk takes no more.
+CUT_SHORT = ("inline_container", "StreamWriter", "iostream error")
 
 
 def sha256(path: Path) -> str:
@@ -49,19 +51,51 @@ def tree_size(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
+def why(error: Exception) -> str:
+    """Return what kept a file from being written; torch reports a full disk by where in the file it stopped."""
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in CUT_SHORT):
+        return f"a file was cut short: no space left, or a quota or a limit on file sizes was met ({error})"
+    return str(error)
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return ``path`` or its nearest parent that is there. Raises ``NotADirectoryError`` if that is a file."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder")
+    return there
+
+
+def probe(folder: Path) -> None:
+    """Write a small file to ``folder``, bring it to the disk and remove it. Raises ``OSError`` when that fails."""
+    path = folder / f".openrlhf-probe-{os.getpid()}"
+    try:
+        write_durably(path, "probe")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with what is in it, or a file; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def publish_folder(staging: Path, target: Path) -> None:
     """Rename the whole folder ``staging`` to ``target``; an older ``target`` is kept as ``.old`` until
     that is done.
     """
     old = target.with_name(target.name + ".old")
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
     if target.exists():
         target.rename(old)
     staging.rename(target)
     fsync(target.parent)
     if old.exists():
-        shutil.rmtree(old)
+        remove(old)
 
 
 def publish_model(staging: Path, target: Path) -> None:

@@ -28,11 +28,12 @@ def describe(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def write(
-    root: Path, *, step: int, layout: dict[str, Any], state: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> None:
-    """Write the manifest, which carries a hash of itself, and wait until it is on the disk."""
-    body = {"format": FORMAT, "step": step, "layout": layout, "state": state, "files": files}
+def write(root: Path, body: dict[str, Any]) -> None:
+    """Write the manifest, which carries a hash of itself, and wait until it is on the disk.
+
+    ``body`` holds step, layout, flags, state, score, and ``files`` as `describe` returns them.
+    """
+    body = json.loads(json.dumps({"format": FORMAT, **body}))
     disk.write_durably(root / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
 
 
@@ -50,7 +51,10 @@ def read(root: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def first_damage(root: Path, entries: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 1) -> str | None:
-    """Compare this rank's share of the files with their entries; return what is wrong with the first that differs."""
+    """Compare this rank's share of the files with their entries; return what is wrong with the first that differs.
+
+    A file that no entry names is damage too, because it may be read: only hidden ones, as network disks make, are not.
+    """
     for name in sorted(entries)[rank::world_size]:
         path = root / name
         if not path.resolve().is_relative_to(root.resolve()):
@@ -61,6 +65,9 @@ def first_damage(root: Path, entries: dict[str, dict[str, Any]], rank: int = 0, 
             return f"{name} has {path.stat().st_size} bytes, not {entries[name]['size']}"
         if disk.sha256(path) != entries[name]["sha256"]:
             return f"{name} does not match its hash"
+    strangers = set(files_of(root)) - {*entries, MANIFEST}
+    for name in sorted(name for name in strangers if not Path(name).name.startswith(".")):
+        return f"{name} does not belong to it"
     return None
 
 

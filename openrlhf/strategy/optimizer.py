@@ -48,6 +48,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, max_st
     """
     from transformers import get_scheduler
 
+    # The polynomial schedule reads its start in the defaults.
+    optimizer.defaults["lr"] = config.learning_rate
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = config.learning_rate
     return get_scheduler(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -63,7 +64,10 @@ class Console:
 
 @contextmanager
 def noise_to(log_file: Path) -> Iterator[TextIO]:
-    """Point file descriptors 1 and 2 at ``log_file`` (appended) and yield the terminal that was stdout."""
+    """Point file descriptors 1 and 2 at ``log_file`` (appended) and yield the terminal that was stdout.
+
+    What the disk does not take is lost, and nobody who prints hears of it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
@@ -72,17 +76,33 @@ def noise_to(log_file: Path) -> Iterator[TextIO]:
     os.dup2(target, 2)
     os.close(target)
     try:
-        with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
+        terminal = os.fdopen(os.dup(saved[0]), "w", encoding="utf-8")
+        with terminal, redirect_stdout(_noise(1)), redirect_stderr(_noise(2)):
             yield terminal
     except BaseException:
-        os.write(2, traceback.format_exc().encode())
+        with suppress(OSError):
+            os.write(2, traceback.format_exc().encode())
         raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
+
+
+class _Noise(io.FileIO):
+    """A file that swallows what the disk refuses."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _noise(descriptor: int) -> TextIO:
+    """Return a stream that writes to ``descriptor`` at once and leaves it open."""
+    raw = _Noise(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -97,7 +117,7 @@ class _ConsoleHandler(logging.Handler):
 @contextmanager
 def our_lines(console: Console) -> Iterator[Console]:
     """Send the ``openrlhf`` loggers to the console and the log for as long as the block lasts."""
-    to_log = logging.StreamHandler(os.fdopen(os.dup(2), "w", encoding="utf-8"))
+    to_log = logging.StreamHandler(_noise(2))
     to_log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     handlers = [_ConsoleHandler(console), to_log]
     before = OURS.level, OURS.propagate
@@ -111,5 +131,5 @@ def our_lines(console: Console) -> Iterator[Console]:
         console.settle()
         for handler in handlers:
             OURS.removeHandler(handler)
-        to_log.stream.close()
+        to_log.flush()
         OURS.level, OURS.propagate = before[0], before[1]

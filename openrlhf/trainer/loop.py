@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
+from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.datasets.sampler import StepSampler
-from openrlhf.errors import DataError, Preempted, UsageError
+from openrlhf.errors import DataError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
 
@@ -69,11 +71,13 @@ class Trainer:
     """The supervised loop. Subclasses give :meth:`weight` and :meth:`compute_loss`, and name their metrics.
 
     ``window_names`` maps a metric to the name of its mean since the last log line, ``eval_names`` to its name in an
-    evaluation.
+    evaluation. ``best_metric`` is the figure of an evaluation that says which step was best, and whether higher is
+    better.
     """
 
     window_names: ClassVar[Mapping[str, str]] = {"loss": "loss_mean"}
     eval_names: ClassVar[Mapping[str, str]] = {"loss": "eval_loss"}
+    best_metric: ClassVar[tuple[str, bool]] = ("eval_loss", False)
 
     def __init__(
         self,
@@ -213,29 +217,29 @@ class Trainer:
             "data": self._data_facts(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved position; raise UsageError when it counts steps of other data or batches."""
-        facts = self._data_facts()
-        problems = [
-            f"the checkpoint was written with {name} {state['data'].get(name)}, this run has {value}: "
-            "continue with the same value, or start without --load_checkpoint"
-            for name, value in facts.items()
-            if state["data"].get(name) != value
-        ]
-        if problems:
-            raise UsageError(problems)
+    def load_state_dict(self, state: Mapping[str, Any], allow_change: bool = False) -> None:
+        """Take up a saved position; raise UsageError when it counts steps of other data or batches.
+
+        ``allow_change`` lets the data and the flags be others, as long as an epoch has as many steps.
+        """
+        check_position(state["data"], self._data_facts(), "--dataset", allow_change)
         self.position = Position(**state["position"])
         self.window.load_state_dict(state["window"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
-    def _data_facts(self) -> dict[str, int]:
+    def _data_facts(self) -> dict[str, Any]:
         """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
         return {
             "rows": len(self.train_data),
-            "tokens": sum(self.sampler.lengths or ()),
+            "data": self._fingerprint,
+            "steps_per_epoch": self.steps_per_epoch,
             "train_batch_size": self.batch.train_batch_size,
             "seed": self.batch.seed,
         }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.train_data)
 
     def _sampler(self, n_rows: int, rows_per_step: int, **order: Any) -> StepSampler:
         return StepSampler(

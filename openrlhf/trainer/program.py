@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openrlhf.config.continuing import training_flags
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.loop import Trainer
-from openrlhf.trainer.report import write_report
+from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run
 
 
@@ -53,7 +54,9 @@ def supervised_callbacks(
         ),
         Evaluation(config.logging.eval_steps),
         Checkpointing(
-            CheckpointManager(config.checkpoint, strategy.comm, layout=strategy.layout, say=run.say),
+            CheckpointManager(
+                config.checkpoint, strategy.comm, layout=strategy.layout, flags=training_flags(config), say=run.say
+            ),
             config.checkpoint,
             export,
         ),
@@ -72,6 +75,5 @@ def finish_run(
         run.phase("export")
         export(path)
         if strategy.rank == 0:
-            report = write_report(run.path)
-            run.say(f"done: model in {path}, report in {report}")
+            run.say(f"done: model in {path}, {report_line(run.path)}")
         trainer.leave_if_asked()

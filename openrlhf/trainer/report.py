@@ -53,6 +53,14 @@ STYLE = {
 }
 
 
+def report_line(run_path: str | os.PathLike[str]) -> str:
+    """Write the report and return where it is, in words, or why there is none; a run does not fail for it."""
+    try:
+        return f"report in {write_report(run_path)}"
+    except OSError as error:
+        return f"no report: {error}"
+
+
 def write_report(run_path: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` and ``curves.png`` into the run folder and return the path of the page.
 

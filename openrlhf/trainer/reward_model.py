@@ -29,6 +29,7 @@ class RewardModelTrainer(Trainer):
 
     window_names: ClassVar = {"loss": "loss_mean", "acc": "acc_mean"}
     eval_names: ClassVar = {"loss": "eval_loss", "acc": "acc_mean"}
+    best_metric: ClassVar = ("acc_mean", True)
 
     def __init__(self, *args: Any, loss: str = "sigmoid", margin_loss: bool = False, **kwargs: Any):
         """Take what :class:`Trainer` takes; a ``loss`` other than ``"sigmoid"`` is the log-exp loss."""

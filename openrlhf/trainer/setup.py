@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
-from openrlhf.config.groups import run_folder
+from openrlhf.config.groups import CheckpointConfig, run_folder
 from openrlhf.config.plan import step_text, total_text
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.errors import InfraError
+from openrlhf.strategy import files
+from openrlhf.strategy.lock import FolderLock
 from openrlhf.trainer.console import OURS, Console, noise_to, our_lines
 
 LOG_NAME = "log.txt"
@@ -47,21 +49,50 @@ class Run:
 def open_run(config: Any, program: str) -> Iterator[Run]:
     """Make the run folder, write ``config.json``, and send the noise of libraries to the log until the block ends.
 
-    An error inside the block is written to the log with its traceback and raised on, with the terminal restored.
+    An error inside the block is written to the log with its traceback and raised on, with the terminal restored. Rank
+    0 locks the folders that the run writes to: a second run in them gets a ``UsageError``, a folder that cannot be
+    written an ``InfraError``.
     """
     rank = int(os.environ.get("RANK", "0"))
     folder = Path(run_folder(config.checkpoint.save_path, config.logging.run_path))
     flags = to_flat_dict(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            (folder / "config.json").write_text(json.dumps({"program": program, **flags}, indent=2) + "\n")
-    except OSError as error:
-        raise InfraError(f"cannot write the run folder {folder} (--run_path, --save_path): {error}") from error
-    log_file = folder / (LOG_NAME if rank == 0 else f"log.rank{rank}.txt")
-    with noise_to(log_file) as terminal, our_lines(Console(terminal, quiet=rank != 0)) as console:
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            said = _claim(config.checkpoint, folder, held) if rank == 0 else []
+            if rank == 0:
+                (folder / "config.json").write_text(json.dumps({"program": program, **flags}, indent=2) + "\n")
+        except OSError as error:
+            raise InfraError(f"cannot write the run folder {folder} (--run_path, --save_path): {error}") from error
+        log_file = folder / (LOG_NAME if rank == 0 else f"log.rank{rank}.txt")
+        terminal = held.enter_context(noise_to(log_file))
+        console = held.enter_context(our_lines(Console(terminal, quiet=rank != 0)))
         OURS.debug("%s, process %d, rank %d", program, os.getpid(), rank)
-        yield Run(folder, rank, console, flags)
+        run = Run(folder, rank, console, flags)
+        run.say(*said)
+        yield run
+
+
+def _claim(config: CheckpointConfig, run_path: Path, held: ExitStack) -> list[str]:
+    """Lock the folders of a run until ``held`` closes, and write to each; return what to tell."""
+    places = {run_path: "--run_path, --save_path"}
+    checkpoints = Path(config.ckpt_path)
+    try:
+        files.probe(files.nearest_folder(Path(config.save_path)))
+        if config.save_steps > 0 or checkpoints.exists():
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            files.probe(checkpoints)
+            places[checkpoints] = "--ckpt_path"
+    except OSError as error:
+        raise InfraError(
+            f"cannot write to --save_path {config.save_path} and --ckpt_path {checkpoints}: {error}"
+        ) from error
+    said = []
+    for place, flags in places.items():
+        lock = FolderLock(place, flags)
+        said.append(lock.acquire())
+        held.callback(lock.release)
+    return [line for line in said if line]
 
 
 def start_up_lines(config: Any, run: Run, strategy: Any, model: Any, train_data: Any, eval_data: Any) -> list[str]:

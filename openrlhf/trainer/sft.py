@@ -16,6 +16,7 @@ class SFTTrainer(Trainer):
 
     window_names: ClassVar = {"gpt_loss": "loss_mean"}
     eval_names: ClassVar = {"gpt_loss": "eval gpt_loss"}
+    best_metric: ClassVar = ("eval gpt_loss", False)
 
     def weight(self, batch: TokenBatch) -> Tensor:
         """Return the number of loss tokens."""

@@ -1,6 +1,7 @@
 """``train_sft`` as a person runs it: on one rank, on two under DeepSpeed's launcher, and killed in the middle."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.cli.supervised import (
     assert_same_weights,
     command,
     demonstrations,
+    environment,
     metrics_of,
     on_two_ranks,
     run,
@@ -132,3 +134,13 @@ def test_the_file_itself_can_be_run(material):
     words = command("train_sft", material, ("dry_run",))
     done = run([words[0], str(ROOT / "openrlhf" / "cli" / "train_sft.py"), *words[3:]])
     assert "78" in done.stdout or "8" in done.stdout
+
+
+def test_going_on_with_another_learning_rate_is_refused_in_one_message(one_rank, material, tmp_path):
+    whole, _ = one_rank
+    flags = {**material, **places(tmp_path), "ckpt_path": whole / "ckpt", "learning_rate": 1e-4}
+    words = command("train_sft", flags, ("load_checkpoint",))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --learning_rate 0.003 -> 0.0001 since global_step18 was written")
+    assert len(done.stderr.splitlines()) == 1 and "--allow_config_change" in done.stderr

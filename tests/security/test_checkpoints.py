@@ -11,9 +11,10 @@ import torch
 
 from openrlhf.config.groups import CheckpointConfig
 from openrlhf.errors import DataError
-from openrlhf.strategy.checkpoint import CheckpointManager, rng_file
+from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.strategy.manifests import MANIFEST
+from openrlhf.strategy.rng import rng_file
 from openrlhf.strategy.unpickling import FORCE, tensors_only
 from tests.security.canary import Canary
 from tests.strategy import programs

@@ -11,6 +11,7 @@ from torch import nn
 from openrlhf.config.groups import CheckpointConfig, DeepSpeedConfig, OptimConfig
 from openrlhf.errors import InfraError, NumericError, OpenRLHFError
 from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.strategy.comm import SoloComm
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import TrainEngine
 
@@ -172,6 +173,35 @@ def resumed(stage: int, folder: str, **options) -> list[bool]:
     return [torch.equal(expected[0][name], actual[0][name]) for name in expected[0]] + [expected[1] == actual[1]]
 
 
+def steps_of(strategy: DeepSpeedStrategy, folder: str, first: int, last: int, **flags) -> tuple[list, str]:
+    """Go on at step ``first`` from what is in ``folder`` and save at the end; return losses and what was said."""
+    said: list[str] = []
+    config = CheckpointConfig(ckpt_path=folder, load_checkpoint=True, **flags)
+    manager = CheckpointManager(config, strategy.comm, layout=strategy.layout, say=said.append)
+    engine, losses = engine_of(strategy), []
+    checkpoint = manager.start()
+    if checkpoint is not None:
+        manager.load(checkpoint, {"model": engine.load})
+    for step in range(first, last):
+        # Without dropout, whose random numbers belong to the ranks.
+        engine.eval()
+        tokens, targets, mask = rows(step)
+        with torch.no_grad():
+            losses.append(loss_sum(engine, tokens, targets, mask).item())
+        losses.append(run_step(engine, strategy, step, 1).grad_norm)
+    manager.save(last, {"model": engine.save}, {"step": last})
+    return losses, " ".join(said)
+
+
+def cut_anew(folder: str, stage: int, first: int, last: int, **options) -> tuple[list, str]:
+    """Return what `steps_of` does with ``stage``, converting the checkpoint if it has another layout."""
+    flags = {"use_ds_universal_ckpt": options.pop("convert", True)}
+    try:
+        return steps_of(strategy_of(zero_stage=stage, **options), folder, first, last, **flags)
+    except OpenRLHFError as error:
+        return [], f"{type(error).__name__}: {error}"
+
+
 def comm_operations() -> list:
     """Return what every operation gives on this rank."""
     comm = strategy_of(zero_stage=0).comm
@@ -248,6 +278,63 @@ def slow_rank_zero(folder: str) -> str:
 
     manager.save(1, {"actor": saver})
     return manager.latest().path.name
+
+
+def slow_weights(folder: str) -> str:
+    """Return the checkpoint that is there although rank 0's weights take three times the collective timeout."""
+    import time
+
+    strategy = strategy_of(zero_stage=1, collective_timeout=3)
+    manager = CheckpointManager(CheckpointConfig(ckpt_path=folder), strategy.comm, layout=strategy.layout)
+    engine, write = engine_of(strategy), torch.save
+
+    def slowly(value, file, **options) -> None:
+        if strategy.rank == 0 and str(file).endswith("_model_states.pt"):
+            time.sleep(9)
+        write(value, file, **options)
+
+    torch.save = slowly
+    manager.save(1, {"model": engine.save})
+    return manager.latest().path.name
+
+
+def full_on_one_rank(folder: str) -> tuple[str, float]:
+    """Return the message, and the seconds until it came, when rank 1 cannot write its part of a checkpoint."""
+    import resource
+    import time
+
+    strategy = strategy_of(zero_stage=2, collective_timeout=30)
+    manager = CheckpointManager(CheckpointConfig(ckpt_path=folder), strategy.comm, layout=strategy.layout)
+    engine = engine_of(strategy)
+    run_step(engine, strategy, 0, 2)
+    if strategy.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    began = time.monotonic()
+    try:
+        manager.save(1, {"model": engine.save})
+    except OpenRLHFError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "no error", time.monotonic() - began
+
+
+def other_checkpoint_on_one_rank(folder: str) -> str:
+    """Return the message when rank 1 sees another checkpoint of the same name than rank 0."""
+    strategy = strategy_of(zero_stage=0, collective_timeout=10)
+    own = Path(folder, str(strategy.rank))
+    alone = CheckpointManager(CheckpointConfig(ckpt_path=str(own)), SoloComm(), say=lambda line: None)
+
+    def saver(path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "weights").write_text("x")
+
+    alone.save(2, {"actor": saver}, {"written by": strategy.rank})
+    try:
+        CheckpointManager(CheckpointConfig(ckpt_path=str(own)), strategy.comm).latest()
+    except OpenRLHFError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def different_disks(folder: str) -> str:

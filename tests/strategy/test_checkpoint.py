@@ -1,9 +1,9 @@
 """A checkpoint is whole or not there, damage is found before anything is loaded, and the newest always stays."""
 
-import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from openrlhf.errors import DataError, InfraError, UsageError
 from openrlhf.strategy import files
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
+from tests.strategy import programs
 from tests.strategy.ranks import run_ranks
 
 LAYOUT = {"world_size": 1, "zero_stage": 2}
@@ -39,9 +40,10 @@ class Role:
         self.value = (folder / "weights.bin").read_bytes()[0]
 
 
-def manager(root, said=None, layout=LAYOUT, **config):
+def manager(root, said=None, layout=LAYOUT, flags=None, **config):
     config = CheckpointConfig(ckpt_path=str(root), **config)
-    return CheckpointManager(config, SoloComm(), layout=layout, say=(said if said is not None else []).append)
+    say = (said if said is not None else []).append
+    return CheckpointManager(config, SoloComm(), layout=layout, flags=flags, say=say)
 
 
 def save(keeper, step, **role):
@@ -101,46 +103,6 @@ def test_what_a_kill_left_of_an_export_is_removed_at_the_next_start(tmp_path):
         (tmp_path / name).mkdir()
     manager(tmp_path, load_checkpoint=True).start()
     assert names(tmp_path) == []
-
-
-def damages():
-    def flip(path):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data))
-
-    def edit_manifest(folder):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["state"]["step"] = 99
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-    return {
-        "a flipped bit in weights": lambda folder: flip(folder / "actor" / "weights.bin"),
-        "a flipped bit in random state": lambda folder: flip(folder / "rng" / "rank0.pt"),
-        "a flipped bit in the manifest": lambda folder: flip(folder / "manifest.json"),
-        "a changed state": edit_manifest,
-        "a shortened file": lambda folder: os.truncate(folder / "critic" / "weights.bin", 3),
-        "an emptied file": lambda folder: os.truncate(folder / "critic" / "optim.bin", 0),
-        "a missing file": lambda folder: (folder / "actor" / "optim.bin").unlink(),
-        "a missing role": lambda folder: shutil.rmtree(folder / "critic"),
-        "a missing manifest": lambda folder: (folder / "manifest.json").unlink(),
-        "an emptied manifest": lambda folder: os.truncate(folder / "manifest.json", 0),
-        "another file's content": lambda folder: shutil.copy(folder / "critic" / "weights.bin", folder / "actor"),
-        "a link that leads outside": lambda folder: (
-            (folder / "actor" / "optim.bin").unlink(),
-            (folder / "actor" / "optim.bin").symlink_to("/etc/hostname"),
-        ),
-    }
-
-
-@pytest.mark.parametrize("damage", damages(), ids=str)
-def test_damage_is_found_and_an_older_whole_checkpoint_is_used(damage, tmp_path):
-    keeper = manager(tmp_path, said := [])
-    for step in (1, 2):
-        save(keeper, step, size=64)
-    damages()[damage](tmp_path / "global_step2")
-    assert keeper.latest().step == 1
-    assert "global_step2 is damaged" in said[0]
 
 
 def test_when_no_checkpoint_is_whole_the_run_stops_and_names_them(tmp_path):
@@ -307,3 +269,56 @@ def test_ranks_wait_for_a_rank_zero_that_writes_longer_than_the_collective_timeo
 def test_ranks_that_do_not_share_a_disk_are_told_so(tmp_path):
     for message in run_ranks("tests.strategy.programs:different_disks", 2, folder=str(tmp_path)):
         assert message.startswith("InfraError") and "--ckpt_path" in message
+
+
+@pytest.mark.full
+def test_a_rank_that_sees_another_checkpoint_of_the_same_name_is_an_error(tmp_path):
+    for message in run_ranks("tests.strategy.programs:other_checkpoint_on_one_rank", 2, folder=str(tmp_path)):
+        assert message.startswith("InfraError") and "do not see the same" in message and "--ckpt_path" in message
+
+
+FLAGS = {"learning_rate": 1e-3, "train_batch_size": 8, "max_epochs": 2}
+
+
+def test_flags_that_change_the_training_are_refused_and_each_is_named_with_both_values(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    keeper = manager(tmp_path, flags={**FLAGS, "learning_rate": 1e-4, "train_batch_size": 16})
+    with pytest.raises(UsageError) as error:
+        keeper.latest()
+    rate, batch = error.value.problems
+    assert rate.startswith("--learning_rate 0.001 -> 0.0001 since global_step1 was written")
+    assert batch.startswith("--train_batch_size 8 -> 16") and "--allow_config_change" in batch
+    assert names(tmp_path) == ["global_step1"]
+
+
+def test_changed_flags_may_be_allowed_and_are_said(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    said = []
+    assert manager(tmp_path, said, flags={**FLAGS, "learning_rate": 1e-4}, allow_config_change=True).latest().step == 1
+    assert said[0] == "--allow_config_change: going on with --learning_rate 0.001 -> 0.0001"
+
+
+def test_a_longer_run_needs_no_leave_and_says_what_it_means(tmp_path):
+    save(manager(tmp_path, flags=FLAGS), 1)
+    said = []
+    assert manager(tmp_path, said, flags={**FLAGS, "max_epochs": 3}).latest().step == 1
+    assert said[0].startswith("--max_epochs 2 -> 3: the run goes on") and "schedule" in said[0]
+
+
+def test_the_optimizer_flags_of_this_run_win_over_those_of_the_checkpoint(tmp_path):
+    strategy = programs.strategy_of(zero_stage=1)
+    before = strategy.prepare_train(programs.tiny_net(), programs.OPTIMIZER, 10)
+    for step in (0, 1):
+        programs.run_step(before, strategy, step, 8)
+    before.save(tmp_path / "model")
+    changed = replace(programs.OPTIMIZER, learning_rate=2e-2, l2=0.5, adam_betas=(0.8, 0.9))
+    after = strategy.prepare_train(programs.tiny_net(), changed, 10)
+    after.load(tmp_path / "model")
+    assert after.lr == pytest.approx(2 * before.lr) == pytest.approx(2e-2 * 0.8)
+    found = [(group["betas"], group["weight_decay"]) for group in after.engine.optimizer.param_groups]
+    assert found == [((0.8, 0.9), 0.5), ((0.8, 0.9), 0.0)]
+
+
+@pytest.mark.full
+def test_ranks_wait_for_the_weights_of_rank_zero_longer_than_the_collective_timeout(tmp_path):
+    assert run_ranks("tests.strategy.programs:slow_weights", 2, folder=str(tmp_path)) == ["global_step1"] * 2

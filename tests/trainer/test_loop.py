@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, OptimConfig
-from openrlhf.errors import DataError, NumericError, Preempted, UsageError
+from openrlhf.errors import DataError, InfraError, NumericError, Preempted, UsageError
 from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -114,10 +116,11 @@ def toy(strategy, data=None, micro=2, batch=4, epochs=2, eval_data=(), dropout=0
     return ToyTrainer(engine, strategy, data, eval_data, config, [recorder, *callbacks]), recorder
 
 
-def checkpointing(strategy, folder, **flags):
+def checkpointing(strategy, folder, said=None, **flags):
     """Return the callback that saves to ``folder``; its export writes one file."""
     config = CheckpointConfig(ckpt_path=str(folder), **flags)
-    manager = CheckpointManager(config, strategy.comm, layout=strategy.layout, say=lambda line: None)
+    say = (said if said is not None else []).append
+    manager = CheckpointManager(config, strategy.comm, layout=strategy.layout, say=say)
 
     def export(path):
         path.mkdir()
@@ -258,8 +261,8 @@ def test_a_position_in_other_data_or_batches_is_refused(strategy):
     with pytest.raises(UsageError) as error:
         other.load_state_dict(trainer.state_dict())
     rows, batch = error.value.problems
-    assert "with rows 10, this run has 11" in rows
-    assert "with train_batch_size 4, this run has 5" in batch
+    assert rows.startswith("--dataset") and "10 rows then, 11 now" in rows and "--allow_config_change" in rows
+    assert batch.startswith("--train_batch_size 4 -> 5")
 
 
 @pytest.fixture
@@ -322,3 +325,95 @@ def test_asked_to_stop_without_checkpoints_it_says_that_nothing_is_left(strategy
     with pytest.raises(Preempted, match="nothing was saved to go on from"):
         trainer.fit()
     assert list(tmp_path.iterdir()) == []
+
+
+def changed_row():
+    data = ToyData()
+    data.inputs[3, 1] += 1
+    return data
+
+
+def test_one_changed_row_is_noticed_and_may_be_allowed(strategy):
+    saved = toy(strategy)[0].state_dict()
+    same, other = toy(strategy)[0], toy(strategy, changed_row())[0]
+    same.load_state_dict(saved)
+    with pytest.raises(UsageError, match=r"--dataset.*10 rows then, 10 now"):
+        other.load_state_dict(saved)
+    other.load_state_dict(saved, allow_change=True)
+
+
+def test_a_position_is_never_carried_over_to_epochs_of_another_length(strategy):
+    with pytest.raises(UsageError, match="3 steps and now has 4.*--pretrain"):
+        toy(strategy, ToyData(14))[0].load_state_dict(toy(strategy)[0].state_dict(), allow_change=True)
+
+
+class RowsSeen(Callback):
+    """Keeps the rows that every step learns from."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_start(self, trainer):
+        collate = trainer.train_data.collate
+        trainer.train_data.collate = lambda items: (
+            self.rows.append([row[1].item() for row in items]),
+            collate(items),
+        )[1]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 6])
+def test_a_resumed_run_learns_from_each_row_in_the_order_of_the_whole_one(strategy, tmp_path, cut):
+    """Step 3 is the last of an epoch of 3: the next run begins with the next epoch, and no step comes twice."""
+    whole, seen = RowsSeen(), []
+    toy(strategy, callbacks=[whole])[0].fit()
+    for last, load in ((cut, False), (None, True)):
+        part = RowsSeen()
+        saving = checkpointing(strategy, tmp_path, save_steps=1, load_checkpoint=load)
+        with contextlib.suppress(Cut):
+            toy(strategy, callbacks=[saving, part, CutAfter(last)])[0].fit()
+        seen += part.rows
+    assert seen == whole.rows and len(whole.rows) == 2 * (2 + 2 + 1)
+
+
+def test_a_finished_run_says_so_and_may_be_made_longer(strategy, tmp_path):
+    said = []
+    for epochs, load in ((2, False), (2, True), (3, True)):
+        saving = checkpointing(strategy, tmp_path, said, save_steps=3, load_checkpoint=load)
+        trainer, recorder = toy(strategy, epochs=epochs, callbacks=[saving])
+        trainer.fit()
+        said.append(len(recorder.steps))
+    done = "all 6 steps of this run are done: there is nothing left to train"
+    resuming = f"resuming from {tmp_path / 'global_step6'}"
+    assert said == [6, resuming, done, 0, resuming, 3]
+
+
+class Evaluations(Callback):
+    """Gives the steps the evaluations that the test wants; runs before checkpoints are saved."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def on_step_end(self, trainer, metrics):
+        trainer.callbacks.on_evaluate(trainer, {"eval_loss": self.values[trainer.global_step]})
+
+
+def test_the_best_step_stays_also_after_a_resume_and_is_named_at_the_end(strategy, tmp_path):
+    said = []
+    values = {1: 0.5, 2: 0.1, 3: float("nan"), 4: 0.4, 5: 0.3, 6: 0.2}
+    for last, load, kept in ((4, False, [2, 4]), (None, True, [2, 6])):
+        saving = checkpointing(
+            strategy, tmp_path, said, save_steps=1, max_ckpt_num=2, save_hf_ckpt=True, load_checkpoint=load
+        )
+        with contextlib.suppress(Cut):
+            toy(strategy, callbacks=[Evaluations(values), saving, CutAfter(last)])[0].fit()
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [f"global_step{step}{end}" for step in kept for end in ("", "_hf")]
+    assert said[-1] == f"best of the steps kept: {tmp_path / 'global_step2'} (eval_loss 0.1)"
+
+
+def test_a_run_whose_checkpoints_would_fill_the_disk_stops_before_its_first_step(strategy, tmp_path, monkeypatch):
+    trainer, recorder = toy(strategy, callbacks=[checkpointing(strategy, tmp_path, save_steps=1)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(InfraError, match=r"4 x 0.0 MiB \(at most 3 kept and one being written\).*--max_ckpt_num 3"):
+        trainer.fit()
+    assert recorder.steps == [] and trainer.global_step == 0

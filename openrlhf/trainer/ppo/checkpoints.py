@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import InfraError
-from openrlhf.strategy.checkpoint import CheckpointManager, rng_file
-from openrlhf.trainer.callbacks import Callback, due, how_to_resume
-from openrlhf.trainer.console import OURS
+from openrlhf.strategy.checkpoint import CheckpointManager
+from openrlhf.strategy.rng import rng_file
+from openrlhf.trainer.callbacks import Checkpointing
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, TrainedWorker
 
 
 def checkpoint_layout(config: PPOConfig, roles: Roles) -> dict[str, Any]:
@@ -28,43 +28,28 @@ def checkpoint_layout(config: PPOConfig, roles: Roles) -> dict[str, Any]:
     }
 
 
-class PPOCheckpointing(Callback):
-    """Saves every ``--save_steps`` rollout steps what resumes the run, and with it a Hugging Face folder if asked."""
+class PPOCheckpointing(Checkpointing):
+    """Saves every ``--save_steps`` rollout steps all roles that learn, and with it a Hugging Face folder if asked."""
 
     def __init__(self, config: PPOConfig, roles: Roles, manager: CheckpointManager):
-        self._config = config.checkpoint
+        super().__init__(manager, config.checkpoint, _calls(roles.policy, PolicyWorker.export))
         self._roles = roles
-        self._manager = manager
-        self._on_disk = 0
 
-    def restore(self, trainer: Any) -> None:
-        """Load the newest checkpoint under ``--load_checkpoint``; else set older ones aside."""
-        checkpoint = self._manager.start()
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint.state)
-            self._manager.load(checkpoint, self._each_role(PolicyWorker.load, CriticWorker.load))
-            self._on_disk = checkpoint.step
+    def savers(self, trainer: Any) -> dict[str, Callable[[Path], None]]:
+        """Return what saves each role and then looks whether the files of all its ranks are here."""
+        sizes = {"actor": self._roles.policy.size, "critic": self._roles.critic.size if self._roles.critic else 0}
+        savers = self._each_role(PolicyWorker.save, CriticWorker.save)
+        return {name: partial(_save_and_look, saver, sizes[name]) for name, saver in savers.items()}
 
-    def on_step_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
-        """Save when the step is due."""
-        step = trainer.global_step
-        if not due(step, self._config.save_steps):
-            return
-        if self._config.save_hf_ckpt:
-            self._manager.export(step, _calls(self._roles.policy, PolicyWorker.export))
-        if not self._config.disable_ds_ckpt:
-            self._save(trainer)
+    def loaders(self, trainer: Any) -> dict[str, Callable[[Path], None]]:
+        """Return what loads each role."""
+        return self._each_role(PolicyWorker.load, CriticWorker.load)
 
-    def on_stop(self, trainer: Any) -> str:
-        """Save the present step, whatever the cadence, unless that is done already."""
-        if trainer.global_step and trainer.global_step != self._on_disk and not self._config.disable_ds_ckpt:
-            self._save(trainer)
-        return how_to_resume(self._config, trainer.global_step, self._on_disk)
-
-    def _save(self, trainer: Any) -> None:
-        OURS.debug("phase: save step %d", trainer.global_step)
-        self._manager.save(trainer.global_step, self._savers(), trainer.state_dict())
-        self._on_disk = trainer.global_step
+    def sizes(self, trainer: Any) -> tuple[int, int]:
+        """Return the bytes of one checkpoint, all roles together, and of one export of the policy."""
+        groups = [group for group in (self._roles.policy, self._roles.critic) if group]
+        found = [group.get(group.run(TrainedWorker.checkpoint_bytes))[0] for group in groups]
+        return sum(checkpoint for checkpoint, _ in found), found[0][1]
 
     def _each_role(self, actor: Callable, critic: Callable) -> dict[str, Callable[[Path], None]]:
         """Return what saves or loads each role that learns, by the name of its folder."""
@@ -72,12 +57,6 @@ class PPOCheckpointing(Callback):
         if self._roles.critic:
             found["critic"] = _calls(self._roles.critic, critic)
         return found
-
-    def _savers(self) -> dict[str, Callable[[Path], None]]:
-        """Return what saves each role and then looks whether the files of all its ranks are here."""
-        sizes = {"actor": self._roles.policy.size, "critic": self._roles.critic.size if self._roles.critic else 0}
-        savers = self._each_role(PolicyWorker.save, CriticWorker.save)
-        return {name: partial(_save_and_look, saver, sizes[name]) for name, saver in savers.items()}
 
 
 def _save_and_look(saver: Callable[[Path], None], ranks: int, path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.loggers import rewind
 from openrlhf.trainer.ppo.experience import ExperienceMaker
 
+LOG = logging.getLogger(__name__)
 SHOWN = 16
 """Answers kept of one evaluation temperature."""
 SHOWN_IN_TRAINING = 4
@@ -28,10 +31,12 @@ class SampleLog:
 
     path: Path
     tokenizer: Any
+    failures: int = 0
 
     def start(self, step: int) -> None:
         """Begin anew at step 0; else keep what was written up to ``step``, not what was interrupted after it."""
-        rewind(self.path, step)
+        with self._guarded():
+            rewind(self.path, step)
 
     def write(
         self,
@@ -43,24 +48,35 @@ class SampleLog:
         count: int,
         temperature: float,
     ) -> None:
-        """Append ``count`` of the rollouts, spread evenly over them."""
+        """Append ``count`` of the rollouts, spread evenly over them. A disk that refuses is said, never raised."""
         count = min(count, len(rollouts))
-        with self.path.open("a", encoding="utf-8") as file:
-            for index in (len(rollouts) * number // count for number in range(count)):
-                rollout = rollouts[index]
-                line = {
-                    "when": when,
-                    "step": step,
-                    "temperature": temperature,
-                    "uid": rollout.prompt.uid,
-                    "prompt": rollout.prompt.text,
-                    "response": self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True),
-                    "finish_reason": rollout.finish_reason,
-                    "reward": scores[index],
-                    "label": rollout.prompt.label,
-                    "true_score": true_scores[index] if true_scores is not None else None,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = []
+        for index in (len(rollouts) * number // count for number in range(count)):
+            rollout = rollouts[index]
+            line = {
+                "when": when,
+                "step": step,
+                "temperature": temperature,
+                "uid": rollout.prompt.uid,
+                "prompt": rollout.prompt.text,
+                "response": self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True),
+                "finish_reason": rollout.finish_reason,
+                "reward": scores[index],
+                "label": rollout.prompt.label,
+                "true_score": true_scores[index] if true_scores is not None else None,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        with self._guarded(), self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failures += 1
+            if self.failures == 1:
+                LOG.warning("%s cannot be written (%s); training goes on", self.path, error)
 
 
 def pair_accuracy(scores: Sequence[float], true_scores: Sequence[float]) -> float | None:

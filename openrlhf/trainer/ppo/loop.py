@@ -12,17 +12,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import DataError, NumericError, Preempted, UsageError
+from openrlhf.datasets.fingerprint import fingerprint
+from openrlhf.errors import DataError, NumericError, Preempted
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.console import OURS
+from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
@@ -99,6 +102,12 @@ class PPOLoop:
     def eval_data(self) -> list[Prompt]:
         """The evaluation prompts."""
         return self.evaluator.prompts
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The figure of an evaluation that says which step was best, the true score if there is one; higher wins."""
+        figure = "true_score" if self.config.evaluation.eval_reward_func else "reward"
+        return f"{figure}_t{self.config.evaluation.eval_temperature[0]:g}", True
 
     def fit(self) -> None:
         """Train from the present position, which a checkpoint may have set, to the end of the last episode.
@@ -186,6 +195,9 @@ class PPOLoop:
         self.maker.kl_controller.update(experiences.kl, len(experiences.rollouts))
         return metrics
 
+    def before_export(self) -> None:
+        """An export holds nothing beside the weights."""
+
     @contextmanager
     def _naming(self, role: str, experiences: Experiences) -> Iterator[None]:
         """Add the role and the prompts to a NumericError, of which the workers know the sample numbers only."""
@@ -217,31 +229,32 @@ class PPOLoop:
             "data": self._data_facts(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved position; raise UsageError when it counts steps of other prompts or batches."""
-        facts = self._data_facts()
-        problems = [
-            f"the checkpoint was written with {name} {state['data'][name]}, this run has {value}: "
-            "continue with the same value, or start without --load_checkpoint"
-            for name, value in facts.items()
-            if state["data"][name] != value
-        ]
-        if problems:
-            raise UsageError(problems)
+    def load_state_dict(self, state: Mapping[str, Any], allow_change: bool = False) -> None:
+        """Take up a saved position; raise UsageError when it counts steps of other prompts or batches.
+
+        ``allow_change`` lets the prompts and the flags be others, as long as an episode has as many steps.
+        """
+        check_position(state["data"], self._data_facts(), "--prompt_data", allow_change)
         self.global_step = int(state["global_step"])
         self._evaluating = bool(state.get("evaluating", False))
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
-    def _data_facts(self) -> dict[str, int]:
+    def _data_facts(self) -> dict[str, Any]:
         rollout, batch = self.config.rollout, self.config.batch
         return {
-            "prompts": len(self.prompts),
+            "rows": len(self.prompts),
+            "data": self._fingerprint,
+            "steps_per_epoch": self.steps_per_epoch,
             "rollout_batch_size": rollout.rollout_batch_size,
             "n_samples_per_prompt": rollout.n_samples_per_prompt,
             "train_batch_size": batch.train_batch_size,
             "seed": batch.seed,
         }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.prompts)
 
     def _generate(self, prompts: list[Prompt]) -> list[Rollout]:
         rollout = self.config.rollout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from openrlhf.config.continuing import training_flags
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.blending import load_mixture, required_keys
 from openrlhf.datasets.preview import sample_lines
@@ -24,7 +25,7 @@ from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.models import check_vocabulary
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
-from openrlhf.trainer.report import write_report
+from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank
 
 SHOWN = ("reward", "true_score", "kl", "response_length")
@@ -111,7 +112,13 @@ def build_loop(
 
 def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
     """Return the callbacks of a PPO command in their order."""
-    layout = checkpoint_layout(config, roles)
+    manager = CheckpointManager(
+        config.checkpoint,
+        SoloComm(),
+        layout=checkpoint_layout(config, roles),
+        flags=training_flags(config),
+        say=run.say,
+    )
     return [
         Alarms(PPO_ALARMS, run.say),
         ProgressLine(run.console, SHOWN),
@@ -121,7 +128,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
             config.logging.logging_steps,
         ),
         Evaluation(config.logging.eval_steps),
-        PPOCheckpointing(config, roles, CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=run.say)),
+        PPOCheckpointing(config, roles, manager),
     ]
 
 
@@ -157,5 +164,5 @@ def finish_run(config: PPOConfig, run: Run, loop: PPOLoop) -> None:
         if config.save_value_network and roles.critic:
             roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
             run.say(f"critic in {path}_critic")
-        run.say(f"report in {write_report(run.path)}")
+        run.say(report_line(run.path))
         loop.leave_if_asked()

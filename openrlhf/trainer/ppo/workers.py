@@ -23,10 +23,11 @@ from openrlhf.ops.masking import masked_sum, masked_whiten
 from openrlhf.ops.policy_loss import ppo_policy_loss, value_loss
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
-from openrlhf.strategy.checkpoint import load_rng, save_rng
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import StepResult
 from openrlhf.strategy.export import export_model
+from openrlhf.strategy.rng import load_rng, save_rng
+from openrlhf.strategy.room import checkpoint_bytes
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import MetricSums
 from openrlhf.trainer.ppo.assembly import (
@@ -154,6 +155,10 @@ class TrainedWorker(Worker):
             sums.join(metrics)
             self.after_step()
         return result
+
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """Return the bytes of a checkpoint of this role over all its ranks, and of an export."""
+        return checkpoint_bytes(self.engine)
 
     def save(self, *, path: str) -> None:
         """Write what continues the training of this rank to folder ``path``; all ranks call it."""

@@ -30,3 +30,12 @@ def test_the_samples_of_an_interrupted_run_do_not_come_twice(tmp_path, resumed_a
 
 def test_pair_accuracy_says_nothing_when_all_answers_are_alike():
     assert pair_accuracy([1.0, 2.0], [1.0, 1.0]) is None
+
+
+def test_a_disk_that_refuses_the_samples_is_said_once_and_the_run_goes_on(tmp_path, caplog):
+    log = SampleLog(tmp_path / "missing" / "samples.jsonl", None)
+    log.start(0)
+    for step in (1, 2):
+        log.write("train", step, [], [], None, 4, 1.0)
+    assert log.failures == 3
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{log.path} cannot be written"]

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
     loop, _ = local_loop(config)
     loop.fit()
     resumed = replace(config, checkpoint=replace(config.checkpoint, load_checkpoint=True))
-    with pytest.raises(UsageError, match="prompts 16, this run has 24"):
+    with pytest.raises(UsageError, match="--prompt_data.*16 rows then, 24 now"):
         local_loop(resumed, prompts=24)[0].fit()
 
 

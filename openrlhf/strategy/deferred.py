@@ -1,0 +1,36 @@
+"""DeepSpeed's checkpoint files, written after its collectives instead of between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def write_after(engine: Any) -> Iterator[None]:
+    """Let a DeepSpeed ``engine`` collect inside the block what it saves, and write it when the block is done.
+
+    Between two collectives a slow or a full disk of one rank would keep the others waiting until their deadline.
+    """
+    writer, files = engine.checkpoint_engine, []
+    engine.checkpoint_engine = _Collector(writer, files)
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = writer
+    for state, path in files:
+        writer.save(state, path)
+
+
+class _Collector:
+    """Stands in for a checkpoint engine of DeepSpeed: ``save`` only takes note, all else is the engine's own."""
+
+    def __init__(self, writer: Any, files: list[tuple[Any, str]]):
+        self._writer, self._files = writer, files
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._files.append((state_dict, path))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)

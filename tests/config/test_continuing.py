@@ -1,0 +1,78 @@
+"""What a resumed run may change: places and cadences, not what it learns."""
+
+from dataclasses import replace
+
+import pytest
+
+from openrlhf.config.continuing import FREE_FLAGS, FREE_GROUPS, IN_THE_LAYOUT, changed_flags, longer, training_flags
+from openrlhf.config.flags import flag_table
+from openrlhf.config.groups import RewardModelConfig, SFTConfig
+from openrlhf.config.ppo import PPOConfig
+
+COMMANDS = (SFTConfig, RewardModelConfig, PPOConfig)
+
+
+def with_flags(config, **values):
+    """Return ``config`` with other values of flags, wherever they live."""
+    for name, value in values.items():
+        path = flag_table(type(config))[name].path
+        if len(path) == 1:
+            config = replace(config, **{name: value})
+        else:
+            config = replace(config, **{path[0]: replace(getattr(config, path[0]), **{name: value})})
+    return config
+
+
+def changes(config, **values):
+    return changed_flags(training_flags(config), training_flags(with_flags(config, **values)))
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "value", "said"),
+    [
+        (SFTConfig, "learning_rate", 1e-3, "--learning_rate 5e-06 -> 0.001"),
+        (SFTConfig, "train_batch_size", 64, "--train_batch_size 128 -> 64"),
+        (SFTConfig, "adam_betas", (0.9, 0.99), "--adam_betas 0.9 0.95 -> 0.9 0.99"),
+        (SFTConfig, "seed", 1, "--seed 42 -> 1"),
+        (SFTConfig, "max_epochs", 1, "--max_epochs 2 -> 1"),
+        (SFTConfig, "lr_scheduler", "linear", "--lr_scheduler cosine_with_min_lr -> linear"),
+        (RewardModelConfig, "loss", "logexp", "--loss sigmoid -> logexp"),
+        (PPOConfig, "init_kl_coef", 0.1, "--init_kl_coef 0.01 -> 0.1"),
+        (PPOConfig, "eps_clip", 0.1, "--eps_clip 0.2 -> 0.1"),
+        (PPOConfig, "advantage_estimator", "rloo", "--advantage_estimator gae -> rloo"),
+        (PPOConfig, "max_epochs", 2, "--max_epochs 1 -> 2"),
+        (PPOConfig, "n_samples_per_prompt", 2, "--n_samples_per_prompt 1 -> 2"),
+    ],
+)
+def test_a_flag_that_changes_the_training_is_named_with_both_values(command, name, value, said):
+    assert changes(command(), **{name: value}) == [said]
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        (SFTConfig, {"save_path": "x", "ckpt_path": "y", "run_path": "z", "dataset": "moved.jsonl"}),
+        (SFTConfig, {"save_steps": 7, "eval_steps": 3, "logging_steps": 2, "wandb_run_name": "x"}),
+        (SFTConfig, {"micro_train_batch_size": 1, "gradient_checkpointing": True, "collective_timeout": 5}),
+        (PPOConfig, {"colocate_all_models": True, "vllm_num_engines": 2, "eval_dataset": "x", "perf": True}),
+    ],
+)
+def test_places_cadences_and_placement_may_change(command, values):
+    assert changes(command(), **values) == []
+
+
+@pytest.mark.parametrize(("command", "name"), [(SFTConfig, "max_epochs"), (PPOConfig, "num_episodes")])
+def test_a_run_may_be_made_longer_but_not_shorter_in_silence(command, name):
+    short, long = (training_flags(with_flags(command(), **{name: count})) for count in (3, 4))
+    assert changed_flags(short, long) == [] and longer(short, long) == f"--{name} 3 -> 4"
+    assert changed_flags(long, short) == [f"--{name} 4 -> 3"] and longer(long, short) is None
+
+
+def test_a_flag_that_the_other_version_did_not_know_is_no_change():
+    assert changed_flags({"learning_rate": 1.0, "gone": 2}, {"learning_rate": 1.0, "new": 3}) == []
+
+
+def test_every_free_flag_and_group_is_declared():
+    tables = [flag_table(command) for command in COMMANDS]
+    assert {name for table in tables for name in table} >= FREE_FLAGS | IN_THE_LAYOUT
+    assert {entry.path[0] for table in tables for entry in table.values()} >= FREE_GROUPS
