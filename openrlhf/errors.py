@@ -37,9 +37,19 @@ class InfraError(OpenRLHFError):
 
 
 class NumericError(OpenRLHFError):
-    """A loss, gradient or reward is not finite; raised before the weights change."""
+    """A loss, gradient or reward is not finite; raised before the weights change.
+
+    ``rows`` are the numbers of the rows, or of the samples of a rollout, that it came from, where they are known.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, rows: Iterable[int] = ()):
+        self.rows = tuple(rows)
+        super().__init__(message)
+
+    def __reduce__(self):
+        return type(self), (str(self), self.rows)
 
 
 class Preempted(OpenRLHFError):

@@ -35,7 +35,14 @@ def test_a_usage_error_takes_one_problem_or_several():
     assert str(several) == "--a is wrong\n--b is wrong"
 
 
-@pytest.mark.parametrize("error", [errors.UsageError(["--a", "--b"]), errors.InfraError("rank 1 is missing")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UsageError(["--a", "--b"]),
+        errors.InfraError("rank 1 is missing"),
+        errors.NumericError("the loss is nan", [3, 7]),
+    ],
+)
 def test_errors_survive_the_way_between_processes(error):
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)

@@ -23,17 +23,17 @@ DEVIATIONS = {
     ("vllm_sync_backend", "choices", None, ("nccl", "gloo")): "the two backends of OpenRLHF's help",
     ("lr_scheduler", "choices", None, "schedules"): "OpenRLHF fails later on a name it cannot use",
 }
-INPUTS = ("too_long", "special_tokens_in_text", "show_samples")
+EVERYWHERE = {
+    *("trust_remote_code", "collective_timeout", "run_path", "eval_dataset", "max_skipped_steps"),
+    *("too_long", "special_tokens_in_text", "show_samples"),
+}
 EXTRA = {
-    "train_sft": {"trust_remote_code", "eval_dataset", "collective_timeout", "run_path", *INPUTS},
-    "train_rm": {
-        *("trust_remote_code", "eval_dataset", "collective_timeout", "run_path"),
-        *("lr_scheduler", "save_hf_ckpt", "disable_ds_ckpt", *INPUTS),
-    },
+    "train_sft": EVERYWHERE,
+    "train_rm": EVERYWHERE | {"lr_scheduler", "save_hf_ckpt", "disable_ds_ckpt"},
     "train_ppo_ray": {
-        *("trust_remote_code", "collective_timeout", "run_path", "tokenizer_chat_template", "label_key", "ema_beta"),
-        *("sync_tolerance", "ring_attn_size", "ring_head_stride", "eval_dataset", "eval_split", "eval_temperature"),
-        *("eval_n_samples_per_prompt", "eval_reward_func", *INPUTS),
+        *EVERYWHERE,
+        *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
+        *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func"),
     },
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]

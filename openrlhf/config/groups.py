@@ -124,6 +124,9 @@ class BatchConfig:
     train_batch_size: int = flag(128, "Samples of one optimizer step over all ranks.", at_least=1)
     max_epochs: int = flag(1, "Passes over the data (PPO: over each rollout batch).", at_least=1)
     seed: int = flag(42, "Seed of order, mixing and sampling.", at_least=0)
+    max_skipped_steps: int = flag(
+        0, "Optimizer steps in a row to leave out when loss or gradient is not finite; 0 stops at once.", at_least=0
+    )
 
     def problems(self) -> list[str]:
         if self.micro_train_batch_size <= self.train_batch_size:

@@ -17,12 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from openrlhf.models.attention import switch_attention
 from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, packed_arguments, padded_arguments
 from openrlhf.models.packing import PackedBatch, predicted_places, restore
-from openrlhf.ops.logprobs import (
-    entropy_from_logits,
-    log_probs_from_logits,
-    token_log_probs,
-    token_log_probs_and_entropy,
-)
+from openrlhf.ops.logprobs import log_probs_from_logits, token_log_probs
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -36,12 +31,10 @@ class ActorOutput(NamedTuple):
     Attributes:
         log_probs: ``(B, T)`` float32, column ``t`` speaks of ``sequences[:, t + 1]``; 0 off the real tokens.
         aux_loss: the router loss of a mixture of experts; None elsewhere.
-        entropy: ``(B, T)`` float32 without gradient, when asked for.
     """
 
     log_probs: Tensor
     aux_loss: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 class Actor(TokenModel):
@@ -82,7 +75,6 @@ class Actor(TokenModel):
         sequences: Tensor,
         attention_mask: Tensor,
         temperature: float = 1.0,
-        entropy: bool = False,
         where: Tensor | None = None,
     ) -> ActorOutput:
         """Return the log-probs of a right-padded batch.
@@ -91,7 +83,6 @@ class Actor(TokenModel):
             sequences: ``(B, S)`` int64.
             attention_mask: ``(B, S)``, true on real tokens.
             temperature: divides the logits.
-            entropy: also return the entropy of each distribution.
             where: ``(B, T)`` bool, the only places that are needed; the others stay 0 and cost nothing in the head.
         """
         batch = self.inputs(sequences, attention_mask)
@@ -103,15 +94,12 @@ class Actor(TokenModel):
         if self.head_is_last:
             hidden = self.last_hidden(batch, sequences, attention_mask)[chosen]
             head = self.model.get_output_embeddings()
-            log_probs, entropies = head(hidden, targets=targets, temperature=temperature, entropy=entropy)
+            log_probs = head(hidden, targets=targets, temperature=temperature)
         else:
             logits = self._full_logits(batch, sequences, attention_mask)[chosen]
-            log_probs, entropies = _from_full_logits(logits, targets, temperature, entropy)
+            log_probs = _from_full_logits(logits, targets, temperature)
         flat = places.flatten().nonzero().squeeze(-1)
-        shape = tuple(places.shape)
-        return ActorOutput(
-            restore(log_probs, flat, shape), entropy=restore(entropies, flat, shape) if entropy else None
-        )
+        return ActorOutput(restore(log_probs, flat, tuple(places.shape)))
 
     def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""
@@ -165,16 +153,12 @@ def _head_forward(
     hidden: Tensor,
     targets: Tensor | None = None,
     temperature: float = 1.0,
-    entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Return logits ``(..., V)``; with ``targets`` (M,) the log-probs (M,) and entropies (M,) of ``hidden`` (M, H)."""
+) -> Tensor:
+    """Return logits ``(..., V)``; with ``targets`` (M,) the log-probs (M,) of ``hidden`` (M, H)."""
     if targets is None:
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
     hidden = hidden.to(self.weight.dtype)
-    given = {"bias": self.bias, "temperature": temperature}
-    if entropy:
-        return token_log_probs_and_entropy(hidden, self.weight, targets, **given)
-    return token_log_probs(hidden, self.weight, targets, **given), None
+    return token_log_probs(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
 
 
 def _head_is_last(model: nn.Module, backbone: nn.Module) -> bool:
@@ -207,13 +191,8 @@ def _head_is_last(model: nn.Module, backbone: nn.Module) -> bool:
     return untouched and torch.allclose(head_input.float(), hidden.float(), rtol=1e-2, atol=1e-4)
 
 
-def _from_full_logits(
-    logits: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return log-probs (M,) and entropies (M,) of ``logits`` (M, V); float32 exists for a few rows at a time."""
+def _from_full_logits(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return the log-probs (M,) of ``logits`` (M, V); float32 exists for a few rows at a time."""
     pairs = list(zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
     log_probs = [checkpoint(log_probs_from_logits, *pair, temperature, use_reentrant=False) for pair in pairs]
-    if not entropy:
-        return torch.cat(log_probs), None
-    with torch.no_grad():
-        return torch.cat(log_probs), torch.cat([entropy_from_logits(rows.float() / temperature) for rows, _ in pairs])
+    return torch.cat(log_probs)

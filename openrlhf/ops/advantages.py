@@ -67,33 +67,6 @@ def rloo(scores: Tensor, n: int) -> Tensor:
     return (groups - others).flatten().to(scores.dtype)
 
 
-@torch.no_grad()
-def reinforce_baseline(scores: Tensor, n: int) -> Tensor:
-    """Return each score minus the mean of its group, itself included. Layout and errors as :func:`rloo`."""
-    groups = _groups(scores, n)
-    return (groups - groups.mean(dim=1, keepdim=True)).flatten().to(scores.dtype)
-
-
-@torch.no_grad()
-def group_norm(scores: Tensor, n: int, eps: float = 1e-9) -> Tensor:
-    """Return ``(score - group mean) / (group standard deviation + eps)``, with the unbiased deviation.
-
-    GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300. A group of equal scores gives zeros. Layout and errors
-    as :func:`rloo`.
-    """
-    groups = _groups(scores, n)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + eps)).flatten().to(scores.dtype)
-
-
-def dr_grpo(scores: Tensor, n: int) -> Tensor:
-    """Return each score minus its group's mean, not divided by the deviation. Layout and errors as :func:`rloo`.
-
-    Liu et al. 2025, https://arxiv.org/abs/2503.20783.
-    """
-    return reinforce_baseline(scores, n)
-
-
 def _groups(scores: Tensor, n: int) -> Tensor:
     """Return scores ``(P * n,)`` as ``(P, n)`` in float64, where the mean of equal scores is exactly that score."""
     if n < 2:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openrlhf.ops.masking import masked_sum
-
 
 def token_log_probs(
     hidden: Tensor,
@@ -34,49 +32,30 @@ def token_log_probs(
         temperature: divides the logits.
         chunk_size: rows of logits that exist at once.
     """
-    return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size, False)[0]
-
-
-def token_log_probs_and_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_size: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Return :func:`token_log_probs` and the entropy ``(N,)`` of each distribution in nats; the latter has no
-    gradient.
-    """
-    return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size, True)
+    return _TokenLogProbs.apply(hidden, weight, targets, bias, temperature, chunk_size)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """One autograd node for the whole head, so that ZeRO-3 gathers its weight once however many chunks there are."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, temperature, chunk_size, with_entropy):
+    def forward(ctx, hidden, weight, targets, bias, temperature, chunk_size):
         log_sum_exp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_probs = torch.empty_like(log_sum_exp)
-        entropy = torch.empty_like(log_sum_exp) if with_entropy else log_sum_exp.new_empty(0)
         for start in range(0, len(hidden), chunk_size):
             rows = slice(start, start + chunk_size)
             logits = _scaled_logits(hidden[rows], weight, bias, temperature)
             log_sum_exp[rows] = torch.logsumexp(logits, dim=-1)
             log_probs[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_sum_exp[rows]
-            if with_entropy:
-                entropy[rows] = _entropy_(logits, log_sum_exp[rows])
         ctx.save_for_backward(hidden, targets, log_sum_exp)
         # ZeRO-3 frees the storage after the forward and gathers it again into the same Parameter before the backward.
         ctx.weight, ctx.bias = weight, bias
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        return log_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_probs, _):
+    def backward(ctx, grad_log_probs):
         hidden, targets, log_sum_exp = ctx.saved_tensors
         grads = _HeadGradients(ctx, hidden)
         active = grad_log_probs.nonzero().squeeze(-1)
@@ -88,7 +67,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.mul_((grad_log_probs[rows] / -ctx.temperature)[:, None])
             grads.add(rows, chunk, grad_logits)
         grad_hidden, grad_weight, grad_bias = grads.in_dtype(hidden.dtype)
-        return grad_hidden, grad_weight, None, grad_bias, None, None, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
 class _HeadGradients:
@@ -126,22 +105,7 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperat
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _entropy_(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """Return the entropy of each row of ``logits``, which is overwritten."""
-    return torch.special.entr(logits.sub_(log_sum_exp[..., None]).exp_()).sum(dim=-1)
-
-
 def log_probs_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the float32 log-probability of ``targets`` (...) under ``logits`` (..., V) over ``temperature``."""
     logits = logits.float() / temperature
     return logits.gather(-1, targets[..., None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Return the entropy (...) in nats of the distributions given by ``logits`` (..., V), in float32."""
-    return torch.special.entr(torch.softmax(logits.float(), dim=-1)).sum(dim=-1)
-
-
-def sequence_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Return the log-probability ``(B,)`` of each row: the sum of ``log_probs`` (B, T) where ``mask`` is true."""
-    return masked_sum(log_probs, mask, dim=-1)

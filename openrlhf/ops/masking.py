@@ -1,4 +1,4 @@
-"""Sums, means and whitening over the true positions of a mask.
+"""Sums and whitening over the true positions of a mask.
 
 Everything selects with ``torch.where`` before any arithmetic: a NaN or an infinity at a masked position never reaches
 the result or the gradient, as ``NaN * 0`` would.
@@ -18,34 +18,13 @@ def masked_sum(x: Tensor, mask: Tensor, dim: Dims = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: Dims = None) -> Tensor:
-    """Return the mean of ``x`` over the true positions of ``mask``; 0 where there are none."""
-    mask = mask.bool().expand_as(x)
-    count = mask.sum() if dim is None else mask.sum(dim=dim)
-    return masked_sum(x, mask, dim) / count.clamp(min=1)
-
-
-def masked_whiten(
-    x: Tensor,
-    mask: Tensor,
-    shift_mean: bool = True,
-    mean: Tensor | float | None = None,
-    rstd: Tensor | float | None = None,
-) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, mean: float, rstd: float) -> Tensor:
     """Return ``(x - mean) * rstd`` at the true positions of ``mask`` and 0 elsewhere.
 
     Args:
         x: values of any shape.
         mask: true where ``x`` counts, broadcastable to ``x``.
-        shift_mean: when false, the mean is added back: only the scale changes.
-        mean: the mean to remove, e.g. over all ranks; by default that of the true positions.
-        rstd: one over the standard deviation; by default from the population variance around ``mean``, at least 1e-8.
+        mean: what to remove, e.g. the mean over all ranks.
+        rstd: one over the standard deviation.
     """
-    mask = mask.bool()
-    if mean is None:
-        mean = masked_mean(x, mask)
-    centred = torch.where(mask, x - mean, 0.0)
-    if rstd is None:
-        rstd = masked_mean(centred.square(), mask).clamp(min=1e-8).rsqrt()
-    whitened = centred * rstd if shift_mean else centred * rstd + mean
-    return torch.where(mask, whitened, 0.0)
+    return torch.where(mask.bool(), (x - mean) * rstd, 0.0)

@@ -18,42 +18,31 @@ def ppo_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float | tuple[float, float] = 0.2,
-    dual_clip: float | None = None,
+    clip: float = 0.2,
 ) -> tuple[Tensor, Metrics]:
     """Return the clipped surrogate loss of PPO, summed over actions.
 
-    ``-min(ratio * A, clamp(ratio, 1 - low, 1 + high) * A)``; Schulman et al. 2017, https://arxiv.org/abs/1707.06347.
-    A pair of limits is DAPO's clip-higher. ``dual_clip`` c limits the loss where A < 0 to ``-c * A``; Ye et al. 2020,
-    https://arxiv.org/abs/1912.09729.
+    ``-min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)``; Schulman et al. 2017, https://arxiv.org/abs/1707.06347.
+    The logarithm of the ratio is kept within 20, where its exponential stays finite.
 
     Args:
         log_probs: ``(B, T)`` of the policy that learns.
         old_log_probs: ``(B, T)`` of the policy that sampled.
         advantages: ``(B, T)``.
         mask: ``(B, T)`` true on actions; elsewhere the inputs may hold anything.
-        clip: one limit for both sides, or ``(low, high)``.
-        dual_clip: above 1, or ``None``.
+        clip: largest useful change of the ratio, to both sides.
 
     Returns:
         the loss (scalar) and the metrics ``clip_fraction`` and ``approx_kl`` (of old and new policy, k3) as
         (sum, count) pairs.
-
-    Raises:
-        ValueError: ``dual_clip`` is not above 1.
     """
-    if dual_clip is not None and dual_clip <= 1.0:
-        raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     mask = mask.bool()
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
     free = -ratio * advantages
-    clipped = -ratio.clamp(1.0 - low, 1.0 + high) * advantages
+    clipped = -ratio.clamp(1.0 - clip, 1.0 + clip) * advantages
     loss = torch.maximum(free, clipped)
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     with torch.no_grad():
         metrics = {
             "clip_fraction": _fraction(clipped > free, mask),

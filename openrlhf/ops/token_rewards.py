@@ -20,21 +20,16 @@ def token_rewards(
     mask: Tensor,
     *,
     kl_coef: float,
-    clip_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Return rewards ``(B, T)`` in float32: the clipped score on the last action, ``-kl_coef * kl`` on every action.
+    """Return rewards ``(B, T)`` in float32: the score on the last action, ``-kl_coef * kl`` on every action.
 
     Args:
         scores: ``(B,)`` one score a sequence.
         kl: ``(B, T)`` per-token divergence from the reference; ignored off the actions.
         mask: ``(B, T)`` true on actions. A row without any gets no reward.
         kl_coef: weight of the penalty; 0 or less means none.
-        clip_range: ``(low, high)`` limits of the score, or ``None``.
     """
-    scores = scores.float()
-    if clip_range is not None:
-        scores = scores.clamp(*clip_range)
-    rewards = torch.where(last_action(mask), scores[:, None], 0.0)
+    rewards = torch.where(last_action(mask), scores.float()[:, None], 0.0)
     if kl_coef > 0:
         rewards = rewards - kl_coef * torch.where(mask.bool(), kl.float(), 0.0)
     return rewards

@@ -81,12 +81,14 @@ class SequenceBatch:
         attention_mask: ``(B, S)`` bool.
         action_mask: ``(B, T)`` bool, true where the predicted token is an action.
         rollout_log_probs: ``(B, T)`` float32 from the engine, 0 elsewhere.
+        sample: ``(B,)`` int64 number of the sample in its rollout step; -1 in a row that stands for none.
     """
 
     sequences: Tensor
     attention_mask: Tensor
     action_mask: Tensor
     rollout_log_probs: Tensor
+    sample: Tensor
 
     def __len__(self) -> int:
         return self.sequences.shape[0]
@@ -108,8 +110,8 @@ class SequenceBatch:
         return type(self)(**picked)
 
     @classmethod
-    def from_rollouts(cls, rollouts: list[Rollout], pad_id: int) -> SequenceBatch:
-        """Pad ``rollouts`` on the right to the longest of them."""
+    def from_rollouts(cls, rollouts: list[Rollout], pad_id: int, first: int = 0) -> SequenceBatch:
+        """Pad ``rollouts`` on the right to the longest of them; the first is sample ``first`` of its step."""
         width = max(len(rollout.token_ids) for rollout in rollouts)
         sequences = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
         attention_mask = torch.zeros(len(rollouts), width, dtype=torch.bool)
@@ -124,7 +126,8 @@ class SequenceBatch:
                 action_mask[row, start - 1 : end - 1] = True
                 log_probs[row, start - 1 : end - 1] = torch.tensor(rollout.log_probs[taken : taken + end - start])
                 taken += end - start
-        return SequenceBatch(sequences, attention_mask, action_mask, log_probs)
+        sample = torch.arange(first, first + len(rollouts))
+        return SequenceBatch(sequences, attention_mask, action_mask, log_probs, sample)
 
 
 @dataclass

@@ -1,13 +1,13 @@
 """A module in training under DeepSpeed.
 
 The engine accumulates gradients over as many micro-batches as the caller likes, normalised by the weight of the whole
-optimizer step, and refuses a step whose gradient is not finite.
+optimizer step, and refuses a step whose loss or gradient is not finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,27 +74,44 @@ class TrainEngine:
         """Add the gradient of ``loss_sum / weight`` to the step.
 
         ``loss_sum`` is the sum over this rank's micro-batch, ``weight`` the loss weights (tokens, pairs) of the whole
-        optimizer step over all ranks; so the gradient does not depend on how the step was cut.
+        optimizer step over all ranks; so the gradient does not depend on how the step was cut. A loss that is not
+        finite makes the whole gradient so, which it need not be by itself: all ranks then refuse the step together.
         """
+        scale = self.strategy.world_size / float(weight)
+        scale = torch.where(loss_sum.detach().isfinite(), scale, math.nan)
         with self._waiting("backward"):
-            self.engine.backward(loss_sum * (self.strategy.world_size / float(weight)), scale_wrt_gas=False)
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self) -> StepResult:
         """Clip, update the weights and advance the schedule.
 
-        Raises ``NumericError`` on all ranks, with the weights unchanged and the gradient dropped, if it is not finite.
+        Raises ``NumericError`` on all ranks, with the weights unchanged and the gradient dropped, if the gradient is
+        not finite. `trainer/finite.py` says which rows it came from.
         """
         lr = self.lr
         with self._waiting("the optimizer step"):
             self.engine.step()
         norm = self._norm()
         if not math.isfinite(norm):
-            raise NumericError(
-                f"the gradient is not finite (norm {norm}) at optimizer step {self._schedule.last_epoch + 1}; the "
-                "weights were not changed. Lower the learning rate, or look at the data of this step"
-            )
+            raise NumericError(f"the gradient is not finite (norm {norm})")
         self._schedule.step()
         return StepResult(norm, lr)
+
+    def find_poison(self, losses: Iterable[Callable[[], torch.Tensor]]) -> list[bool]:
+        """Return which micro-batches of this rank have a gradient that is not finite, by computing them again.
+
+        ``losses`` compute the loss of each. Their gradients stay in the engine: this is for the last words of a run.
+        """
+        found = []
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        for loss in losses:
+            flags: list[torch.Tensor] = []
+            hooks = [param.register_hook(lambda grad, to=flags: to.append(grad.isfinite().all())) for param in params]
+            self.backward(loss(), 1.0)
+            for hook in hooks:
+                hook.remove()
+            found.append(not all(flags))
+        return found
 
     def named_weights(
         self, dtype: torch.dtype | None = None, root: nn.Module | None = None, wanted: bool = True

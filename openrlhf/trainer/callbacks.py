@@ -7,7 +7,7 @@ A loop shows itself as ``global_step``, ``max_steps``, ``epoch`` and ``max_epoch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ class Callback:
 
     def on_end(self, trainer: Any) -> None:
         """Called after the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it, for JSON."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned; called within :meth:`restore` of the checkpoints."""
 
 
 class Callbacks(Callback):
@@ -66,6 +73,17 @@ class Callbacks(Callback):
         """End each."""
         for callback in self._callbacks:
             callback.on_end(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of those that have one, by the name of their class."""
+        states = {type(callback).__name__: callback.state_dict() for callback in self._callbacks}
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hand each its state; one that had none begins anew."""
+        for callback in self._callbacks:
+            if type(callback).__name__ in state:
+                callback.load_state_dict(state[type(callback).__name__])
 
 
 def due(step: int, every: int) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.sampler import StepSampler
-from openrlhf.errors import DataError, NumericError, UsageError
+from openrlhf.errors import DataError, UsageError
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
 
 
@@ -82,6 +84,8 @@ class Trainer:
         self.callbacks = Callbacks(callbacks)
         self.window = MeanWindow(self.window_names)
         self.position = Position()
+        noun = "training rows {} (counted from 0, after filtering)"
+        self.guard = StepGuard(engine, self.comm, batch.max_skipped_steps, noun)
 
     def weight(self, batch) -> Tensor:
         """Return what the loss of ``batch`` is divided by, e.g. its loss tokens or pairs, as a scalar tensor."""
@@ -163,7 +167,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's position and what it must agree with, for JSON."""
-        return {"position": asdict(self.position), "window": self.window.state_dict(), "data": self._data_facts()}
+        return {
+            "position": asdict(self.position),
+            "window": self.window.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
+            "data": self._data_facts(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved position; raise UsageError when it counts steps of other data or batches."""
@@ -178,6 +187,7 @@ class Trainer:
             raise UsageError(problems)
         self.position = Position(**state["position"])
         self.window.load_state_dict(state["window"])
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, int]:
         """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
@@ -205,27 +215,47 @@ class Trainer:
     def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
         """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
         began = time.perf_counter()
+        totals, losses, again = self._accumulate(rows)
+        tokens = totals.pop("tokens").total
+        result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
+        self._advance()
+        seconds = time.perf_counter() - began
+        pace = {"tokens_per_second": tokens / seconds, "time/step": seconds, **machine.memory_metrics()}
+        if result is None:
+            return {"skipped_steps": 1.0, "lr": self.engine.lr, **pace}
+        step = {"lr": result.lr, "grad_norm": result.grad_norm}
+        return {**self.train_values(totals), **self.window.add(totals), **step, **pace}
+
+    def _accumulate(self, rows: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
+        """Add up the gradients of a step.
+
+        Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
+        """
         batches = [self._collate(self.train_data, micro) for micro in rows]
         self.prepare(batches)
         weight, micro_batches = self._step_weight(rows, batches)
+        share = weight / micro_batches
         sums, losses = MetricSums(), []
         for micro, batch in zip(rows, batches, strict=True):
-            output = self.compute_loss(batch)
-            loss = output.loss_sum + output.aux_loss * (weight / micro_batches)
-            # A rank without rows works on a dummy row, so that all ranks run the same collectives.
-            self.engine.backward(loss if micro else loss * 0.0, weight)
+            loss, metrics = self._loss(micro, batch, share)
+            self.engine.backward(loss, weight)
             losses.append(loss.detach())
             tokens = batch.attention_mask.sum()
-            sums.add({**output.metrics, "loss and tokens": (loss, tokens)}, counted=bool(micro))
-        totals = sums.reduce(self.comm)
-        loss_sum, tokens = totals.pop("loss and tokens")
-        self._check_finite(loss_sum, rows, losses)
-        result = self.engine.step()
-        self._advance()
-        seconds = time.perf_counter() - began
-        step = {"lr": result.lr, "grad_norm": result.grad_norm}
-        pace = {"tokens_per_second": tokens / seconds, "time/step": seconds}
-        return {**self.train_values(totals), **self.window.add(totals), **step, **pace, **machine.memory_metrics()}
+            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=bool(micro))
+        again = [partial(self._loss_alone, *pair, share) for pair in zip(rows, batches, strict=True)]
+        return sums.reduce(self.comm), losses, again
+
+    def _loss(self, micro: list[int], batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
+        """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics.
+
+        A rank without rows works on a dummy row, so that all ranks run the same collectives.
+        """
+        output = self.compute_loss(batch)
+        loss = output.loss_sum + output.aux_loss * aux_weight
+        return loss if micro else loss * 0.0, output.metrics
+
+    def _loss_alone(self, *arguments: Any) -> Tensor:
+        return self._loss(*arguments)[0]
 
     def _step_weight(self, rows: list[list[int]], batches: list) -> tuple[float, float]:
         """Return the weight and the number of micro-batches with rows, of the whole step over all ranks."""
@@ -237,18 +267,6 @@ class Trainer:
         if weight == 0:
             raise DataError(f"step {self.global_step + 1}: none of its rows has anything to learn from")
         return weight, micro_batches
-
-    def _check_finite(self, loss_sum: float, rows: list[list[int]], losses: list[Tensor]) -> None:
-        """Raise on all ranks, before the weights change, when a loss of the step is not finite."""
-        if math.isfinite(loss_sum):
-            return
-        here = [row for micro, loss in zip(rows, losses, strict=True) if not torch.isfinite(loss) for row in micro]
-        bad = sorted(row for found in self.comm.all_gather_object(here) for row in found)
-        raise NumericError(
-            f"step {self.global_step + 1}: the loss is {loss_sum} in the micro-batches of training rows {bad} "
-            "(counted from 0, after filtering); the weights were not changed. A lower --learning_rate, or a look at "
-            "these rows, is the usual way on"
-        )
 
     def _advance(self) -> None:
         here = self.position

@@ -33,8 +33,15 @@ class MetricSums:
         """Add one micro-batch; each value is a pair of scalars. One that is not ``counted`` only gives its names."""
         for name, (total, count) in metrics.items():
             pair = torch.stack([total.detach().double().reshape(()), count.detach().double().reshape(())])
-            pair = pair if counted else torch.zeros_like(pair)
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            self._add(name, pair if counted else torch.zeros_like(pair))
+
+    def join(self, other: MetricSums) -> None:
+        """Add what ``other`` holds."""
+        for name, pair in other._sums.items():
+            self._add(name, pair)
+
+    def _add(self, name: str, pair: Tensor) -> None:
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def reduce(self, comm: Comm) -> dict[str, Mean]:
         """Return the sums over all ranks with one all-reduce and one wait; all ranks must have the same names."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.report import write_report
@@ -37,10 +38,11 @@ def supervised_callbacks(
 ) -> list[Callback]:
     """Return the callbacks of a supervised command in their order.
 
-    ``export(folder)`` writes a Hugging Face folder, ``shown`` are the metrics of the progress line.
+    ``export(folder)`` writes a Hugging Face folder, ``shown`` are the metrics of the progress line, the loss first.
     """
     talks = strategy.rank == 0
     return [
+        Alarms(loss_alarms(shown[0]), run.say),
         ProgressLine(run.console, shown),
         MetricLogging(
             JsonlLogger(run.path / "metrics.jsonl") if talks else None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GROUPS = (
+    ("Alarms (0 or 1)", r"^alarm/"),
     ("Reward", r"reward(?!_auc)|^return"),
     ("True score", r"true_score|pass@?\d|^score"),
     ("Reward against true score: pairs in the right order", r"reward_auc"),
@@ -63,14 +64,20 @@ class Headline(NamedTuple):
 
 
 def read_series(path: Path) -> list[Series]:
-    """Return the numeric series of a metrics file in order of appearance; evaluations are named ``eval ...``."""
+    """Return the numeric series of a metrics file in order of appearance; evaluations are named ``eval ...``.
+
+    An alarm that was never raised is left out.
+    """
     found: dict[str, dict[float, float]] = defaultdict(dict)
     for number, record in enumerate(json_lines(path), start=1):
         step = record.get("step", record.get("global_step", number))
         for name, value in record.items():
             if name not in NOT_METRICS and _is_number(value) and _is_number(step):
                 found[_full_name(name, str(record.get("phase", "train")))][step] = value
-    return [Series(name, sorted(points), [points[step] for step in sorted(points)]) for name, points in found.items()]
+    series = [
+        Series(name, sorted(points), [points[step] for step in sorted(points)]) for name, points in found.items()
+    ]
+    return [one for one in series if any(one.values) or not one.name.startswith("alarm/")]
 
 
 def _full_name(name: str, phase: str) -> str:

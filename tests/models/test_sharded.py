@@ -34,7 +34,7 @@ def train_and_sample(folder: str, stage: int, checkpointing: bool) -> dict:
     losses, norms = [], []
     for _ in range(2):
         engine.train()
-        output = engine(TOKENS[mine], MASK[mine], entropy=True)
+        output = engine(TOKENS[mine], MASK[mine])
         loss = -output.log_probs.sum()
         losses.append(strategy.comm.all_reduce(float(loss.detach())))
         engine.backward(loss, 26)

@@ -94,16 +94,13 @@ def test_advantages_and_returns_have_no_gradient_and_are_fp32():
     [
         (ops.none, [1.0, 0.0, 0.0, 2.0]),
         (ops.rloo, [1 / 3, -1.0, -1.0, 5 / 3]),
-        (ops.reinforce_baseline, [0.25, -0.75, -0.75, 1.25]),
-        (ops.dr_grpo, [0.25, -0.75, -0.75, 1.25]),
-        (ops.group_norm, [0.261116, -0.783349, -0.783349, 1.305582]),
     ],
 )
 def test_group_baselines_equal_the_worked_numbers(baseline, expected):
     torch.testing.assert_close(baseline(SCORES, 4), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-GROUP_BASELINES = [ops.rloo, ops.reinforce_baseline, ops.dr_grpo, ops.group_norm]
+GROUP_BASELINES = [ops.rloo]
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)

@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from openrlhf.ops.logprobs import (
-    entropy_from_logits,
-    log_probs_from_logits,
-    sequence_log_probs,
-    token_log_probs,
-    token_log_probs_and_entropy,
-)
+from openrlhf.ops.logprobs import log_probs_from_logits, token_log_probs
 
 N, H, V = 23, 8, 37
 
@@ -145,41 +139,9 @@ def test_large_logits_do_not_overflow():
     torch.testing.assert_close(log_probs, naive(hidden * 1e4, weight, targets))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_entropy_comes_with_the_log_probs_and_has_no_gradient(temperature):
-    hidden, weight, bias, targets, _ = a_head()
-    log_probs, entropy = token_log_probs_and_entropy(
-        hidden, weight, targets, bias=bias, temperature=temperature, chunk_size=5
-    )
-    logits = (hidden @ weight.t() + bias) / temperature
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy, entropy_from_logits(logits.detach()), rtol=1e-5, atol=1e-5)
-    assert not entropy.requires_grad
-    plain = token_log_probs(hidden, weight, targets, bias=bias, temperature=temperature)
-    torch.testing.assert_close(log_probs, plain)
-    torch.testing.assert_close(
-        torch.autograd.grad(log_probs.sum(), weight)[0],
-        torch.autograd.grad(plain.sum(), weight)[0],
-        rtol=1e-5,
-        atol=1e-5,
-    )
-
-
-def test_entropy_of_an_impossible_token_is_zero_not_nan():
-    assert entropy_from_logits(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(math.log(2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_from_logits_equal_log_softmax(dtype):
     logits = torch.randn(2, 5, V, generator=torch.Generator().manual_seed(0)).to(dtype)
     targets = torch.randint(0, V, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = torch.log_softmax(logits.float() / 0.7, dim=-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(log_probs_from_logits(logits, targets, temperature=0.7), expected)
-
-
-def test_sequence_log_probs_ignore_padding():
-    log_probs = torch.tensor([[-1.0, -2.0, math.nan], [-4.0, -5.0, -6.0]])
-    mask = torch.tensor([[True, True, False], [False, True, True]])
-    assert sequence_log_probs(log_probs, mask).tolist() == [-3.0, -11.0]
-    wider = torch.nn.functional.pad(log_probs, (0, 4), value=math.inf)
-    assert sequence_log_probs(wider, torch.nn.functional.pad(mask, (0, 4))).tolist() == [-3.0, -11.0]

@@ -28,23 +28,6 @@ def test_the_clipped_loss_equals_the_worked_numbers(ratio, advantage, expected, 
     assert [int(x) for x in metrics["clip_fraction"]] == [int(clipped), 1]
 
 
-def test_the_two_limits_of_the_clip_may_differ():
-    assert policy(1.5, 1.0, clip=(0.2, 0.28))[0] == pytest.approx(-1.28, rel=1e-5)
-    assert policy(0.5, -1.0, clip=(0.1, 0.28))[0] == pytest.approx(0.9, rel=1e-5)
-
-
-def test_dual_clip_limits_the_loss_of_a_bad_action_that_became_likely():
-    assert policy(10.0, -1.0)[0] == pytest.approx(10.0, rel=1e-5)
-    loss, gradient, _ = policy(10.0, -1.0, dual_clip=3.0)
-    assert loss == pytest.approx(3.0) and gradient == 0
-    assert policy(1.5, 1.0, dual_clip=3.0)[0] == pytest.approx(-1.2, rel=1e-5)
-
-
-def test_a_dual_clip_of_one_is_an_error():
-    with pytest.raises(ValueError, match="above 1"):
-        policy(1.0, 1.0, dual_clip=1.0)
-
-
 def a_batch(seed=0):
     generator = torch.Generator().manual_seed(seed)
     log_probs, old, advantages = (torch.randn(3, 7, generator=generator) for _ in range(3))
@@ -92,7 +75,7 @@ def test_the_policy_loss_ignores_everything_off_the_mask(poison):
     results = []
     for log_probs, old, advantages in (tensors, poisoned(tensors, mask, poison)):
         log_probs = log_probs.clone().requires_grad_()
-        loss, metrics = ppo_policy_loss(log_probs, old, advantages, mask, dual_clip=3.0)
+        loss, metrics = ppo_policy_loss(log_probs, old, advantages, mask)
         loss.backward()
         results.append([loss.detach(), log_probs.grad, *metrics["clip_fraction"], *metrics["approx_kl"]])
     for clean, dirty in zip(*results):

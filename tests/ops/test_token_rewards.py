@@ -26,13 +26,6 @@ def test_rewards_equal_a_loop_over_actions():
             assert rewards[row, t].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_score_is_clipped_and_the_penalty_is_not():
-    rewards = token_rewards(
-        torch.tensor([30.0, -30.0]), torch.full((2, 2), 50.0), torch.ones(2, 2), kl_coef=1.0, clip_range=(-10, 10)
-    )
-    assert rewards.tolist() == [[-50.0, -40.0], [-50.0, -60.0]]
-
-
 @pytest.mark.parametrize("kl_coef", [0.0, -1.0])
 def test_without_a_positive_coefficient_there_is_no_penalty(kl_coef):
     rewards = token_rewards(torch.ones(4), torch.full((4, 5), math.nan), MASK, kl_coef=kl_coef)

@@ -1,6 +1,7 @@
 """The supervised loop on a model of three numbers: the cut of a batch changes nothing, and nothing bad passes."""
 
 import contextlib
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfi
 from openrlhf.errors import DataError, NumericError, UsageError
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Checkpointing
 from openrlhf.trainer.loop import StepOutput, Trainer, total_steps
 
@@ -231,6 +233,16 @@ def test_only_the_export_is_written_when_the_other_part_is_switched_off(strategy
 def test_nothing_is_saved_without_a_cadence(strategy, tmp_path):
     toy(strategy, callbacks=[checkpointing(strategy, tmp_path, save_steps=-1, save_hf_ckpt=True)])[0].fit()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_alarms_of_a_resumed_run_remember_what_came_before(strategy):
+    alarms = [Alarms(loss_alarms("loss"), print) for _ in range(2)]
+    first, _ = toy(strategy, callbacks=[alarms[0]])
+    first.fit()
+    second, _ = toy(strategy, callbacks=[alarms[1]])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert alarms[1].state_dict() == alarms[0].state_dict()
+    assert len(alarms[1].state_dict()["series"]["loss"][0]) == 6
 
 
 def test_a_position_in_other_data_or_batches_is_refused(strategy):

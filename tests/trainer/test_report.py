@@ -184,6 +184,16 @@ def test_numbers_of_one_kind_share_a_panel_and_others_get_their_own():
     assert sum(map(len, panels.values())) == len(names)
 
 
+def test_an_alarm_is_drawn_only_if_it_was_raised(tmp_path):
+    silent, raised = "alarm/kl", "alarm/reward_hacking"
+    write_metrics(
+        tmp_path, [{"step": step, "reward": 1.0, silent: 0.0, raised: float(step > 2)} for step in (1, 2, 3)]
+    )
+    series = read_series(tmp_path / "metrics.jsonl")
+    assert [one.name for one in series] == ["reward", raised]
+    assert [[one.name for one in panel.series] for panel in group(series)] == [[raised], ["reward"]]
+
+
 def test_headlines_compare_the_two_ends_of_a_series():
     series = [Series("reward", list(range(100)), [float(x) for x in range(100)]), Series("kl", [1], [1.0])]
     (only,) = headlines(series)

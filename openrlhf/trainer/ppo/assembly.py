@@ -73,7 +73,7 @@ def make_experience(
                       values=values, advantages=advantages, returns=returns)  # fmt: skip
 
 
-SUMS = ("actions", "kl", "log_probs", "advantages", "squared_advantages", "sync_gap")
+SUMS = ("actions", "kl", "log_probs", "advantages", "squared_advantages", "returns", "squared_returns", "sync_gap")
 
 
 def experience_statistics(experience: Experience) -> dict[str, float]:
@@ -83,13 +83,15 @@ def experience_statistics(experience: Experience) -> dict[str, float]:
     """
     mask = experience.action_mask
     gap = torch.where(mask, (experience.rollout_log_probs - experience.log_probs).double().abs(), 0.0)
-    advantages = experience.advantages.double()
+    advantages, returns = experience.advantages.double(), experience.returns.double()
     sums = {
         "actions": mask,
         "kl": experience.kl.double(),
         "log_probs": experience.log_probs.double(),
         "advantages": advantages,
         "squared_advantages": advantages.square(),
+        "returns": returns,
+        "squared_returns": returns.square(),
         "sync_gap": gap,
     }
     found = {name: float(masked_sum(value, mask)) for name, value in sums.items()}
@@ -107,7 +109,22 @@ def add_statistics(parts: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def whitening(statistics: dict[str, float]) -> tuple[float, float]:
     """Return mean and 1 / standard deviation (population, variance at least 1e-8) of the advantages of all actions."""
-    count = max(1.0, statistics["actions"])
-    mean = statistics["advantages"] / count
-    variance = statistics["squared_advantages"] / count - mean * mean
+    mean, variance = mean_and_variance(statistics, "advantages")
     return mean, max(variance, 1e-8) ** -0.5
+
+
+def explained_variance(statistics: dict[str, float]) -> float:
+    """Return ``1 - var(return - value) / var(return)`` over all actions; with GAE the difference is the advantage.
+
+    1 is a perfect critic; 0 one as good as a constant, or returns that are all equal.
+    """
+    _, left = mean_and_variance(statistics, "advantages")
+    _, whole = mean_and_variance(statistics, "returns")
+    return 1.0 - left / whole if whole > 1e-8 else 0.0
+
+
+def mean_and_variance(statistics: dict[str, float], name: str) -> tuple[float, float]:
+    """Return the mean and the population variance of a quantity over all actions."""
+    count = max(1.0, statistics["actions"])
+    mean = statistics[name] / count
+    return mean, max(0.0, statistics[f"squared_{name}"] / count - mean * mean)

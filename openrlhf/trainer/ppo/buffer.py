@@ -38,6 +38,7 @@ def blank_sequences() -> SequenceBatch:
         attention_mask=torch.ones(1, 2, dtype=torch.bool),
         action_mask=torch.zeros(1, 1, dtype=torch.bool),
         rollout_log_probs=torch.zeros(1, 1),
+        sample=torch.full((1,), -1),
     )
 
 
@@ -95,4 +96,4 @@ class ExperienceBuffer:
         if self.data is None:
             return blank_experience()
         row = self.data.select([0])
-        return replace(row, action_mask=torch.zeros_like(row.action_mask))
+        return replace(row, action_mask=torch.zeros_like(row.action_mask), sample=torch.full((1,), -1))

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import InfraError, NumericError
+from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
-from openrlhf.trainer.ppo.assembly import add_statistics, whitening
+from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
+from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
-
-SYNC_TOLERANCE = {True: 0.1, False: 1e-3}
-"""Largest mean gap of engine and trainer log-probs, in bf16 and in fp32."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,11 @@ def needs_reference(config: PPOConfig) -> bool:
 
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
     """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
-    dealt = deal(rollouts, parts)
-    return [SequenceBatch.from_rollouts(part, pad_id) if part else blank_sequences().select([]) for part in dealt]
+    batches, first = [], 0
+    for part in deal(rollouts, parts):
+        batches.append(SequenceBatch.from_rollouts(part, pad_id, first) if part else blank_sequences().select([]))
+        first += len(part)
+    return batches
 
 
 class PolicyEngine:
@@ -143,7 +144,8 @@ class ExperienceMaker:
 
         Raises:
             InfraError: the engine and the policy disagree about the log-probs of the samples.
-            NumericError: a reward, a KL or an advantage is not finite.
+            NumericError: a reward, a log-prob, a KL or an advantage is not finite.
+            DataError: no answer has a token to learn from.
         """
         roles, parts = self.roles, self.roles.shards
         shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
@@ -161,7 +163,7 @@ class ExperienceMaker:
             kl_coef=self.kl_controller.value,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
-        self._check(statistics)
+        check_rollout(self.config, statistics, rollouts, lambda: roles.policy.get(experiences))
         return self._finish(rollouts, experiences, statistics, scores, shaped, from_function, true)
 
     def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
@@ -193,16 +195,17 @@ class ExperienceMaker:
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None
     ) -> Tensor:
-        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names a prompt without a number."""
+        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
         columns = [torch.cat(group.get(futures)).double() for group, futures in models]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
         scores = torch.stack(columns).sum(dim=0)
-        for rollout, finite in zip(rollouts, torch.isfinite(scores).tolist(), strict=True):
-            if not finite:
-                start = rollout.prompt.text[:80]
-                raise NumericError(f"the reward of an answer to prompt {rollout.prompt.uid} is not finite: {start!r}")
-        return scores.float()
+        scores = scores.float()
+        wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+        if wrong:
+            who = name_prompts(rollouts, wrong)
+            raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
+        return scores
 
     def _shape(self, scores: Tensor) -> Tensor:
         """Return the scores ``(N,)`` after the clip and the group baseline, in that order.
@@ -211,29 +214,6 @@ class ExperienceMaker:
         """
         clipped = scores.clamp(*self.config.reward.reward_clip_range)
         return self._baseline(clipped, self.config.rollout.n_samples_per_prompt)
-
-    def _check(self, statistics: dict[str, float]) -> None:
-        """Raise when the engine and the policy disagree, or when a sum is not finite."""
-        count = max(1.0, statistics["actions"])
-        gap, tolerance = statistics["sync_gap"] / count, self._sync_tolerance()
-        if not gap <= tolerance:
-            raise InfraError(self._explain_gap(gap, statistics["sync_gap_max"], tolerance))
-        wrong = [name for name in ("kl", "advantages", "squared_advantages") if not math.isfinite(statistics[name])]
-        if wrong:
-            raise NumericError(f"{' and '.join(wrong)} of the rollout are not finite; the weights were not changed")
-
-    def _sync_tolerance(self) -> float:
-        """Return the largest mean gap; an engine that reports log-probs of the nucleus may be off by -log(top_p)."""
-        tolerance = self.config.vllm.sync_tolerance or SYNC_TOLERANCE[self.config.model.bf16]
-        return tolerance - math.log(self.config.rollout.top_p)
-
-    def _explain_gap(self, gap: float, largest: float, tolerance: float) -> str:
-        return (
-            f"the engine's log-probs differ from the policy's by {gap:.3g} on average and {largest:.3g} at most, more "
-            f"than --sync_tolerance {tolerance:g}. Likely causes: the engine kept an old copy of tied embeddings (the "
-            "LM head after a weight sync), it runs in another dtype or at another temperature than the policy, or it "
-            "serves stale weights. Nothing was trained on these samples"
-        )
 
     def _finish(
         self,
@@ -271,8 +251,19 @@ class ExperienceMaker:
             rollouts=rollouts,
             scores=scores.tolist(),
             true_scores=true.rewards if true else None,
-            metrics={**extra, **metrics, **true_score},
+            metrics={**extra, **metrics, **self._of_estimator(statistics, scores), **true_score},
         )
+
+    def _of_estimator(self, statistics: dict[str, float], scores: Tensor) -> dict[str, float]:
+        """Return how much the estimator has to work with: groups without a difference, the critic's accuracy."""
+        estimator, found = self.config.algorithm.estimator, {}
+        if estimator.needs_group:
+            groups = scores.clamp(*self.config.reward.reward_clip_range)
+            groups = groups.view(-1, self.config.rollout.n_samples_per_prompt)
+            found["zero_variance_groups"] = float((groups.amax(dim=1) == groups.amin(dim=1)).double().mean())
+        if estimator.needs_critic:
+            found["explained_variance"] = explained_variance(statistics)
+        return found
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import DataError, UsageError
+from openrlhf.errors import DataError, NumericError, UsageError
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.callbacks import Callback, Callbacks
+from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+
+OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps")
+"""Metrics that the policy and the critic both have."""
 
 
 def steps_per_episode(config: PPOConfig, prompts: int) -> int:
@@ -124,25 +128,42 @@ class PPOLoop:
             yield [self.prompts[row] for row in order[step * size : (step + 1) * size]]
 
     def update(self, experiences: Experiences) -> dict[str, float]:
-        """Train the policy and the critic, at once unless they share devices; return their metrics over all ranks."""
+        """Train the policy and the critic, at once unless they share devices; return their metrics over all ranks.
+
+        A NumericError of one role ends the run before anything is saved, so it does not matter that the other role
+        may have learned from the same samples: a resume has neither.
+        """
         step, pending = self.global_step + 1, []
         if self.roles.critic:
-            futures = self.roles.critic.run(CriticWorker.update, experiences.shards, rollout=step)
-            if self.roles.shared:
-                self.roles.critic.get(futures)
+            with self._naming("critic", experiences):
+                futures = self.roles.critic.run(CriticWorker.update, experiences.shards, rollout=step)
+                if self.roles.shared:
+                    self.roles.critic.get(futures)
             pending.append(("critic", self.roles.critic, futures))
         if step > self.config.algorithm.freezing_actor_steps:
-            futures = self.roles.policy.run(
-                PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
-            )
+            with self._naming("actor", experiences):
+                futures = self.roles.policy.run(
+                    PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
+                )
             pending.append(("actor", self.roles.policy, futures))
         metrics: dict[str, float] = {}
         for role, group, futures in pending:
-            learned = group.get(futures)[0]
-            own = {f"{role}_{name}": learned.pop(name) for name in ("lr", "grad_norm")}
+            with self._naming(role, experiences):
+                learned = group.get(futures)[0]
+            own = {f"{role}_{name}": learned.pop(name) for name in OF_EACH_ROLE if name in learned}
             metrics |= {**learned, **own}
         self.maker.kl_controller.update(experiences.kl, len(experiences.rollouts))
         return metrics
+
+    @contextmanager
+    def _naming(self, role: str, experiences: Experiences) -> Iterator[None]:
+        """Add the role and the prompts to a NumericError, of which the workers know the sample numbers only."""
+        try:
+            yield
+        except NumericError as error:
+            who = name_prompts(experiences.rollouts, error.rows)
+            where = f"rollout step {self.global_step + 1}, {role}"
+            raise NumericError(f"{where}, {error}. The samples answer {who}", error.rows) from error
 
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the evaluation prompts, and tell the callbacks."""
@@ -157,6 +178,7 @@ class PPOLoop:
             "global_step": self.global_step,
             "policy_version": self.global_step,
             "kl_controller": self.maker.kl_controller.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
         }
 
@@ -173,6 +195,7 @@ class PPOLoop:
             raise UsageError(problems)
         self.global_step = int(state["global_step"])
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
+        self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, int]:
         rollout, batch = self.config.rollout, self.config.batch

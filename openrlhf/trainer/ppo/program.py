@@ -15,6 +15,7 @@ from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
+from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
@@ -112,6 +113,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
     """Return the callbacks of a PPO command in their order."""
     layout = checkpoint_layout(config, roles)
     return [
+        Alarms(PPO_ALARMS, run.say),
         ProgressLine(run.console, SHOWN),
         MetricLogging(
             JsonlLogger(run.path / "metrics.jsonl"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy.checkpoint import load_rng, save_rng
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import StepResult
 from openrlhf.strategy.export import export_model
+from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import MetricSums
 from openrlhf.trainer.ppo.assembly import (
     add_statistics,
@@ -109,29 +112,47 @@ class TrainedWorker(Worker):
             whiten: mean and 1 / standard deviation of the advantages over all ranks, or None to take them as they are.
         """
         buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout)
-        sums, norms, lr = MetricSums(), [], self.engine.lr
+        sums, norms, lr, skipped = MetricSums(), [], self.engine.lr, self.guard.skipped
         self.engine.train()
         for epoch in range(self.config.batch.max_epochs):
-            for micro_batches in buffer.epoch(epoch):
-                result = self._optimizer_step(micro_batches, whiten, sums)
+            for number, micro_batches in enumerate(buffer.epoch(epoch), start=epoch * buffer.steps + 1):
+                result = self._optimizer_step(f"optimizer step {number}", micro_batches, whiten, sums)
                 if result is not None:
                     norms.append(result.grad_norm)
                     lr = result.lr
         means = {name: mean.value for name, mean in sums.reduce(self.comm).items()}
+        if self.config.batch.max_skipped_steps:
+            means["skipped_steps"] = self.guard.skipped - skipped
         empty_cache()
         return {**means, "lr": lr, "grad_norm": sum(norms) / max(1, len(norms))}
 
-    def _optimizer_step(self, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums):
-        """Take one step on the token mean over all ranks; return None when no rank has an action to learn from."""
+    @cached_property
+    def guard(self) -> StepGuard:
+        """What keeps numbers that are not finite out of the weights."""
+        return StepGuard(self.engine, self.comm, self.config.batch.max_skipped_steps, "samples {}")
+
+    def _optimizer_step(
+        self, name: str, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums
+    ) -> StepResult | None:
+        """Take the step called ``name`` on the token mean over all ranks.
+
+        Return None when no rank has an action to learn from, or when the step was left out.
+        """
         weight = self.comm.all_reduce(float(sum(int(micro.action_mask.sum()) for micro in micro_batches)))
         if not weight:
             return None
+        losses, metrics = [], MetricSums()
         for micro in micro_batches:
-            loss, metrics = self.loss(micro.to(self.strategy.device), whiten)
-            sums.add(metrics)
+            loss, found = self.loss(micro.to(self.strategy.device), whiten)
+            metrics.add(found)
             self.engine.backward(loss, weight)
-        result = self.engine.step()
-        self.after_step()
+            losses.append(loss.detach())
+        samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
+        again = [lambda micro=micro: self.loss(micro.to(self.strategy.device), whiten)[0] for micro in micro_batches]
+        result = self.guard.step(name, samples, losses, again)
+        if result is not None:
+            sums.join(metrics)
+            self.after_step()
         return result
 
     def save(self, *, path: str) -> None:
@@ -198,7 +219,7 @@ class PolicyWorker(TrainedWorker):
         """Return PPO's clipped loss summed over the actions."""
         mask = batch.action_mask
         log_probs = self._action_log_probs(batch)
-        advantages = batch.advantages if whiten is None else masked_whiten(batch.advantages, mask, True, *whiten)
+        advantages = batch.advantages if whiten is None else masked_whiten(batch.advantages, mask, *whiten)
         loss, metrics = ppo_policy_loss(
             log_probs, batch.log_probs, advantages, mask, clip=self.config.algorithm.eps_clip
         )

@@ -21,7 +21,7 @@ EOS = 2
 def batch_of(action_mask: list[list[int]]) -> SequenceBatch:
     mask = torch.tensor(action_mask, dtype=torch.bool)
     attended = torch.ones(len(mask), mask.shape[1] + 1, dtype=torch.bool)
-    return SequenceBatch(attended.long(), attended, mask, torch.zeros(mask.shape))
+    return SequenceBatch(attended.long(), attended, mask, torch.zeros(mask.shape), torch.arange(len(mask)))
 
 
 def made(algorithm: AlgorithmConfig, *, values=None, shaped=1.0, kl_coef=0.1) -> Experience:

@@ -31,6 +31,7 @@ def numbered(start: int, lengths: list[int]) -> Experience:
         sequences=sequences,
         attention_mask=attended,
         action_mask=mask,
+        sample=torch.arange(start, start + rows),
         scores=torch.arange(start, start + rows).float(),
         advantages=mask.float(),
         returns=mask.float(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
-from openrlhf.errors import InfraError, NumericError
+from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
 from openrlhf.trainer.ppo.experience import shard
 from openrlhf.trainer.ppo.groups import LocalGroup, deal
@@ -95,8 +95,75 @@ def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path):
     config = tiny_ppo_config(tmp_path)
     models = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=model)
     loop, _ = local_loop(replace(config, model=models, reward=RewardConfig(normalize_reward=True)))
-    with pytest.raises(NumericError, match="prompt 0"):
+    with pytest.raises(NumericError, match="4 answers.*prompts 0, 1, 2, 3 "):
         loop.maker.make(generated(loop))
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
+def test_a_reward_function_that_gives_no_number_names_its_prompt(tmp_path, value):
+    source = CONSTANT.format(values=f"1.0, 2.0, {value}, 4.0")
+    config = replace(tiny_ppo_config(tmp_path), reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
+    loop, _ = local_loop(config)
+    with pytest.raises(NumericError, match=r"not finite.*2: (nan|inf)"):
+        loop.maker.make(generated(loop))
+
+
+def spoil(model: torch.nn.Module, value: float) -> None:
+    """Put ``value`` into the embedding of the end token; a language model's head is tied to it."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[EOS] = value
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "what", "samples"),
+    [
+        ("policy", float("nan"), "log_probs and kl", (0, 1, 2, 3)),
+        ("policy", float("inf"), "log_probs and kl", (0, 1, 2, 3)),
+        ("reference", float("nan"), "kl and advantages", (0, 1, 2, 3)),
+        ("critic", float("nan"), "advantages and returns", (1, 3)),
+        ("critic", float("inf"), "advantages and returns", (1, 3)),
+    ],
+)
+def test_a_model_that_gives_no_number_stops_the_rollout_and_names_the_prompts(tmp_path, role, value, what, samples):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"))
+    answers = [[11, 12], [11, EOS, 12], [13], [14, EOS, 15, 16]]
+    rollouts = [rollout_of(prompt, answer) for prompt, answer in zip(loop.prompts, answers, strict=False)]
+    worker = getattr(loop.roles, role).worker
+    module = worker.model if role == "reference" else worker.engine.module
+    spoil(module.model, value)
+    with pytest.raises(NumericError, match=what) as caught:
+        loop.maker.make(rollouts)
+    assert f"prompts {', '.join(map(str, samples))} " in str(caught.value)
+    assert caught.value.rows == samples
+
+
+def test_a_rollout_without_a_single_token_is_an_error(tmp_path):
+    loop, _ = local_loop(tiny_ppo_config(tmp_path))
+    with pytest.raises(DataError, match="no answer of this rollout has a token.*prompts 0, 1"):
+        loop.maker.make([rollout_of(prompt, []) for prompt in loop.prompts[:2]])
+
+
+def test_groups_whose_answers_have_one_reward_are_counted_and_teach_nothing(tmp_path):
+    source = CONSTANT.format(values="1.0, 1.0, 0.0, 3.0, 50.0, 60.0, 2.0, 2.0")
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="rloo", init_kl_coef=0.0)
+    config = replace(config, reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
+    loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
+    made = loop.maker.make(generated(loop, count=4))
+    # 50 and 60 are both clipped to 10.
+    assert made.metrics["zero_variance_groups"] == 0.75
+    (experience,) = made.shards
+    flat = experience.advantages.abs().amax(dim=1) == 0
+    assert flat.tolist() == [True, True, False, False, True, True, True, True]
+
+
+def test_the_critic_is_measured_by_the_variance_that_it_explains(tmp_path):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae", lambd=0.95))
+    made = loop.maker.make(generated(loop, count=8))
+    (one,) = made.shards
+    mask = one.action_mask
+    expected = 1 - (one.returns - one.values)[mask].var() / one.returns[mask].var()
+    assert made.metrics["explained_variance"] == pytest.approx(float(expected), abs=1e-4)
+    assert "zero_variance_groups" not in made.metrics
 
 
 def test_metrics_describe_the_rollouts(tmp_path):

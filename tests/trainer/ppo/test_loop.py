@@ -13,6 +13,8 @@ from openrlhf.config.groups import CheckpointConfig, LoggingConfig
 from openrlhf.config.ppo import EvalConfig, PPOModelConfig, PPOOptimConfig, RewardConfig
 from openrlhf.errors import DataError, NumericError, UsageError
 from openrlhf.rollout.types import SamplingParams
+from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
+from openrlhf.trainer.callbacks import Callbacks
 from openrlhf.trainer.ppo.experience import build_kl_controller
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import steps_per_episode
@@ -195,15 +197,54 @@ def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
     assert all(math.isfinite(step["policy_loss"]) for step in recorder.steps)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
-    loop, _ = local_loop(tiny_ppo_config(tmp_path))
-    before = policy_weights(loop)
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_names_the_prompts(tmp_path, role):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"))
+    worker = {"actor": loop.roles.policy, "critic": loop.roles.critic}[role].worker
     made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
-    made.shards[0].advantages[0] = float("inf")
-    with pytest.raises(NumericError):
+    before = {name: weight.clone() for name, weight in worker.engine.named_weights()}
+    column = made.shards[0].advantages if role == "actor" else made.shards[0].returns
+    column[5] = float("inf")
+    with pytest.raises(
+        NumericError, match=rf"rollout step 1, {role}, optimizer step 1: the loss is not finite.*prompts .*5"
+    ) as caught:
         loop.update(made)
-    for name, weight in policy_weights(loop).items():
+    assert 5 in caught.value.rows
+    for name, weight in worker.engine.named_weights():
         assert torch.equal(weight, before[name])
+
+
+def test_a_step_that_may_be_left_out_is_counted_and_the_run_goes_on(tmp_path):
+    config = with_batch(tiny_ppo_config(tmp_path), max_skipped_steps=1, train_batch_size=4, max_epochs=2)
+    loop, _ = local_loop(config)
+    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    before = policy_weights(loop)
+    made.shards[0].advantages[5] = float("inf")
+    metrics = loop.update(made)
+    # Two passes of two steps: the one with sample 5 is left out in each.
+    assert metrics["actor_skipped_steps"] == 2.0
+    assert math.isfinite(metrics["policy_loss"]) and math.isfinite(metrics["actor_grad_norm"])
+    after = policy_weights(loop)
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    made.shards[0].advantages[:] = float("nan")
+    with pytest.raises(NumericError, match="after 1 steps that --max_skipped_steps left out"):
+        loop.update(made)
+
+
+def test_a_run_remembers_its_alarms_when_it_is_resumed(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    checkpoint = replace(config.checkpoint, save_steps=1)
+    loop, _ = local_loop(replace(config, checkpoint=checkpoint))
+    lines: list[str] = []
+    loop.callbacks = Callbacks([Alarms(PPO_ALARMS, lines.append), loop.callbacks])
+    loop.fit()
+    resumed, _ = local_loop(replace(config, checkpoint=replace(checkpoint, load_checkpoint=True)))
+    alarms = Alarms(PPO_ALARMS, lines.append)
+    resumed.callbacks = Callbacks([alarms, resumed.callbacks])
+    resumed.callbacks.restore(resumed)
+    assert alarms.state_dict()["series"]["reward"][0] != []
+    assert alarms.state_dict() == loop.state_dict()["callbacks"]["Alarms"]
 
 
 def test_evaluation_may_come_more_often(tmp_path):

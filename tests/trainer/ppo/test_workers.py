@@ -96,6 +96,18 @@ def test_one_optimizer_step_of_the_policy_equals_plain_torch(tmp_path):
             torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+def test_before_the_first_update_the_ratio_of_new_and_old_policy_is_one(tmp_path, micro):
+    config = with_rollout(tiny_ppo_config(tmp_path), temperature=0.7, micro_rollout_batch_size=3)
+    policy = PolicyWorker(config, solo_strategy(config), max_steps=1)
+    (experience,) = experiences(policy)
+    policy.engine.train()
+    for start in range(0, len(experience), micro):
+        part = experience.select(list(range(start, min(start + micro, len(experience)))))
+        ratio = (policy._action_log_probs(part).detach() - part.log_probs).exp()[part.action_mask]
+        assert float((ratio - 1).abs().max()) <= 1e-6
+
+
 def test_one_optimizer_step_of_the_critic_equals_plain_torch(tmp_path):
     config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae")
     config = with_batch(config, train_batch_size=6, micro_train_batch_size=4)

@@ -1,0 +1,59 @@
+"""However a step is packed, cut into micro-batches, dealt to ranks or sharded: it applies the gradient of the formula.
+
+The full tier runs all 48 ways for each of four losses.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers import tiny_folder
+from tests.strategy.ranks import run_ranks
+from tests.trainer.gradient_programs import differences, every_case
+from tests.trainer.ppo.harness import tiny_reward_model
+
+TOLERANCE = 1e-5
+DIAGONAL = [
+    ["sft", True, 0, 2],
+    ["sft", False, 3, 4],
+    ["rm", True, 2, 1],
+    ["rm", False, 0, 4],
+    ["policy", True, 3, 2],
+    ["policy", False, 1, 1],
+    ["value", True, 1, 4],
+    ["value", False, 2, 2],
+]
+
+
+def check(folder, ranks: int, cases: list[list], timeout: float = 240) -> float:
+    """Compare the gradients of the cases on so many ranks with plain torch; return the largest difference."""
+    tiny_folder(folder / "policy")
+    tiny_reward_model(folder / "reward")
+    if ranks == 1:
+        results = [differences(str(folder), cases)]
+    else:
+        program = "tests.trainer.gradient_programs:differences"
+        results = run_ranks(program, ranks, timeout=timeout, folder=str(folder), cases=cases)
+    wrong = [
+        f"{case} on {ranks} ranks: {name} is off by {off:.1e}"
+        for found in results
+        for case, (name, off) in zip(cases, found, strict=True)
+        if not off <= TOLERANCE
+    ]
+    assert not wrong, "\n".join(wrong)
+    return max(off for found in results for _, off in found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
+    check(tmp_path, ranks, DIAGONAL)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
+    cases = every_case()
+    assert len(cases) == 4 * 48 / 2
+    largest = check(tmp_path, ranks, cases, timeout=800)
+    print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")
