@@ -9,6 +9,8 @@ from openrlhf.errors import DataError
 
 ANY_VALUE = ("--label_key",)
 """Flags of keys that may hold any value; all others hold text or messages."""
+PAIRS = "--chosen_key"
+"""Only data with this flag has margins; elsewhere a column of that name is any column."""
 
 
 def check_keys(keys: Any, required: Mapping[str, str], where: str) -> None:
@@ -28,7 +30,7 @@ def check_row(row: Mapping[str, Any], required: Mapping[str, str], where: str) -
     for key, flag in required.items():
         if flag not in ANY_VALUE and not isinstance(row[key], str):
             as_messages(row[key], "user", f"{where}: {key!r} ({flag})")
-    margin = row.get("margin")
+    margin = row.get("margin") if PAIRS in required.values() else None
     if isinstance(margin, bool) or not isinstance(margin, (int, float, type(None))):
         raise DataError(f"{where}: 'margin' is a number; found {type(margin).__name__}")
 

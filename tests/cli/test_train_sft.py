@@ -76,6 +76,7 @@ def test_the_terminal_has_our_lines_only(one_rank):
     lines = done.stdout.splitlines()
     assert lines[0].startswith("run ")
     assert any("78 rows to train, 9 to evaluate" in line for line in lines)
+    assert any("3 of 78 rows as the model reads them, what is trained between" in line for line in lines)
     assert any("10 steps an epoch, 20 steps in 2 epochs" in line for line in lines)
     assert any(line.startswith("step 20/20") for line in lines)
     assert str(folder / "model") in lines[-1]

@@ -190,7 +190,6 @@ def test_an_unknown_split_lists_the_splits_there(write_lines, tmp_path):
             {"input": 7, "output": "y"},
             r"a.jsonl:3: 'input' \(--input_key\): expected text or a list of messages",
         ),
-        ({"input": "x", "output": "y", "margin": "big"}, r"a.jsonl:3: 'margin' is a number; found str"),
         ('{"input": "\\ud800", "output": "y"}', r"a.jsonl:3: half of a surrogate pair"),
         ('{"input": "x", "output": NaN}', r"a.jsonl:3: bad JSON \(NaN is not JSON\)"),
     ],
@@ -302,3 +301,10 @@ def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch, tmp_path):
             DataError, match="--dataset nobody/none: no such file or folder here, and the hub cannot be"
         ):
             mixture("nobody/none")
+
+
+def test_a_margin_is_a_number_in_pairs_and_any_column_elsewhere(write_lines):
+    path = write_lines("a.jsonl", [{"input": "x", "output": "y", "margin": "wide"}])
+    assert len(mixture(path)) == 1
+    with pytest.raises(DataError, match="a.jsonl:1: 'margin' is a number; found str"):
+        mixture(path, required={"input": "--chosen_key", "output": "--rejected_key"})
