@@ -242,11 +242,17 @@ class LoggingConfig:
     use_tensorboard: str | None = flag(None, "Folder for TensorBoard; used when W&B is off.")
     run_path: str | None = flag(None, "Folder of metrics, samples, report and log; default is <save_path>_run.")
     show_samples: bool = flag(False, "With --dry_run: read the data too and show three samples; a run always does.")
+    profile_steps: str | None = flag(None, "Write a trace of these steps to the run folder, as in 3-5.")
 
     def problems(self) -> list[str]:
-        if self.eval_steps:
-            return []
-        return ["--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number"]
+        found = []
+        if not self.eval_steps:
+            found.append("--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number")
+        if self.profile_steps and not profiled_steps(self.profile_steps):
+            found.append(
+                f"--profile_steps {self.profile_steps} is not a range of steps, counted from 1: write for example 3-5"
+            )
+        return found
 
     def notices(self) -> list[str]:
         """Return what to tell about a key that others can read."""
@@ -275,6 +281,16 @@ def same_key_problems(**keys: str | None) -> list[str]:
         for second, other in named[index + 1 :]
         if key == other
     ]
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """Return the first and the last step of ``"3-5"`` or ``"3"``; None when it is neither."""
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal()):
+        return None
+    span = int(first), int(last)
+    return span if 1 <= span[0] <= span[1] else None
 
 
 def probability_problems(name: str, count: int, probs: str | Iterable[float]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.loop import Trainer
+from openrlhf.trainer.profiling import Profiling, Recorder
 from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run
 
@@ -43,7 +45,7 @@ def supervised_callbacks(
 
     ``export(folder)`` writes a Hugging Face folder, ``shown`` are the metrics of the progress line, the loss first.
     """
-    talks = strategy.rank == 0
+    talks, recorder = strategy.rank == 0, Recorder()
     return [
         Alarms(loss_alarms(shown[0]), run.say),
         ProgressLine(run.console, shown),
@@ -51,6 +53,13 @@ def supervised_callbacks(
             JsonlLogger(run.path / "metrics.jsonl") if talks else None,
             build_loggers(config.logging, run.flags, run.path) if talks else [],
             config.logging.logging_steps,
+        ),
+        Profiling(
+            config.logging.profile_steps,
+            recorder.start,
+            partial(recorder.stop, name=f"rank{strategy.rank}"),
+            run.path,
+            run.say,
         ),
         Evaluation(config.logging.eval_steps),
         Checkpointing(

@@ -37,10 +37,14 @@ class Roles:
     shared: bool = False
 
     @property
+    def groups(self) -> list[WorkerGroup]:
+        """All groups that there are, the policy's first."""
+        return [group for group in (self.policy, self.critic, self.reference, *self.rewards) if group is not None]
+
+    @property
     def shards(self) -> int:
         """Into how many shards a rollout is cut, so that every group gets equally many: the least common multiple."""
-        others = (self.critic, self.reference, *self.rewards)
-        return math.lcm(self.policy.size, *(group.size for group in others if group is not None))
+        return math.lcm(*(group.size for group in self.groups))
 
 
 @dataclass(frozen=True)

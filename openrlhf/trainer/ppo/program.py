@@ -24,7 +24,8 @@ from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.models import check_vocabulary
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, Worker
+from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank
 
@@ -119,6 +120,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
         flags=training_flags(config),
         say=run.say,
     )
+    recording = of_groups(roles.groups, Worker.start_recording, Worker.stop_recording)
     return [
         Alarms(PPO_ALARMS, run.say),
         ProgressLine(run.console, SHOWN),
@@ -127,6 +129,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
             build_loggers(config.logging, run.flags, run.path),
             config.logging.logging_steps,
         ),
+        Profiling(config.logging.profile_steps, *recording, run.path, run.say),
         Evaluation(config.logging.eval_steps),
         PPOCheckpointing(config, roles, manager),
     ]

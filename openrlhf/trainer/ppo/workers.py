@@ -40,6 +40,7 @@ from openrlhf.trainer.ppo.assembly import (
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences
 from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
+from openrlhf.trainer.profiling import Recorder
 
 Means = dict[str, float]
 
@@ -57,6 +58,16 @@ class Worker:
             trust_remote_code=config.model.trust_remote_code,
             chat_template=config.prompts.tokenizer_chat_template,
         )
+        self._recorder = Recorder()
+
+    def start_recording(self) -> None:
+        """Begin to record what this process does, for ``--profile_steps``."""
+        self._recorder.start()
+
+    def stop_recording(self, *, folder: str, number: int) -> None:
+        """Write the record of this process to ``folder``; ``number`` tells the groups of workers apart."""
+        role = type(self).__name__.removesuffix("Worker").lower()
+        self._recorder.stop(folder, f"{number}.{role}.rank{self.comm.rank}")
 
     @torch.no_grad()
     def _forward(self, batches: list[SequenceBatch], compute: Callable[[SequenceBatch], Tensor]) -> list[Tensor]:
