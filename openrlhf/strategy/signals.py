@@ -183,7 +183,7 @@ def _launchers() -> dict[int, int]:
 def _follow(parents: dict[int, int]) -> None:
     """Stop as if by SIGTERM when a process has another parent than in ``parents``: the launcher is gone."""
     while all(_parent_of(process) == parent for process, parent in parents.items()):
-        time.sleep(1.0)
+        time.sleep(0.5)
     if _state.received is None:
         os.kill(os.getpid(), signal.SIGTERM)
 
