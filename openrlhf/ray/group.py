@@ -19,7 +19,7 @@ from openrlhf.ray.slots import Slots
 from openrlhf.strategy import signals
 
 LOOK_EVERY_S = 2.0
-LISTEN_EVERY_S = 0.5
+LISTEN_EVERY_S = 0.2
 """How soon a request to stop is heard in a wait."""
 
 

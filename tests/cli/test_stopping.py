@@ -152,7 +152,7 @@ class Program:
         flags |= {"micro_train_batch_size": 2, "actor_learning_rate": 3e-3, "lr_warmup_ratio": 0, "num_episodes": 2}
         if self.name == "ppo":
             flags |= {"remote_rm_url": folder / "reward.py", "advantage_estimator": "reinforce"}
-            return {**flags, "generate_max_len": 64, "eval_dataset": here / "prompts.jsonl", "eval_steps": 2}
+            return {**flags, "generate_max_len": 160, "eval_dataset": here / "prompts.jsonl", "eval_steps": 2}
         flags |= {"reward_pretrain": here / "reward", "vllm_num_engines": 1, "vllm_sync_backend": "gloo"}
         return {**flags, "generate_max_len": 128, "save_steps": 2}
 
