@@ -257,12 +257,9 @@ class Checkpointing(Callback):
 
     def save(self, trainer: Any) -> None:
         """Save the present step. The export goes first: what resumes the run never stands for one that is missing."""
-        step = trainer.global_step
-        if not due(step, self._config.save_steps):
-            return
         if self._config.save_hf_ckpt:
             trainer.before_export()
-            self._manager.export(step, self._export, self._score(step))
+            self._manager.export(trainer.global_step, self._export, self._score(trainer.global_step))
         if not self._config.disable_ds_ckpt:
             self._save(trainer)
 

@@ -96,10 +96,10 @@ class CountedFile(io.FileIO):
         return super().write(view)
 
 
-def forked(action: Callable[[], Any], kill_after: float | None = None) -> tuple[int, Any]:
+def forked(action: Callable[[], Any], moment: Callable[[], Any] | None = None) -> tuple[int, Any]:
     """Run ``action`` in a copy of this process; return its wait status and what it returned, None if it was killed.
 
-    ``kill_after`` kills it that many seconds later.
+    It is killed when ``moment``, called here, returns.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -112,8 +112,8 @@ def forked(action: Callable[[], Any], kill_after: float | None = None) -> tuple[
         finally:
             os._exit(status)
     os.close(writer)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if moment is not None:
+        moment()
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(reader, "rb") as pipe:
         answer = pipe.read()
@@ -207,7 +207,8 @@ def Watched(saving: Any, operations: Operations | None, folder: Path) -> Any:
                 with self.counted.watching():
                     saving.on_step_end(trainer, metrics)
                 self.counted = None
-            (folder.parent / f"{folder.name}.saved").write_text(str(trainer.global_step))
+            with note_of(folder).open("a") as note:
+                note.write(f"{trainer.global_step} {time.monotonic()}\n")
 
     return Watching()
 
@@ -242,21 +243,39 @@ def drill_operations(run: Run, folder: Path, every: int) -> dict[str, Any]:
 
 
 def drill_moments(run: Run, folder: Path, times: int) -> dict[str, Any]:
-    """Kill a run at random moments, resume, and compare the end with that of an uninterrupted run."""
-    began = time.monotonic()
-    _, steps, expected = result_of(lambda: run.whole(folder / "straight", None))
-    seconds = time.monotonic() - began
+    """Kill a run at random moments between its first and its last save, resume, and compare the ends."""
+    straight = folder / "straight"
+    _, steps, expected = result_of(lambda: run.whole(straight, None))
+    seconds = saves_of(straight)[-1][1] - saves_of(straight)[0][1]
     chance, torn, resumed = random.Random(SEED), [], []
     for number in range(times):
         copy = folder / f"moment{number}"
-        status, _ = forked(lambda copy=copy: run.whole(copy, None), kill_after=seconds * chance.uniform(0.3, 1.0))
-        note = folder / f"{copy.name}.saved"
-        saved = int(note.read_text() or 0) if note.exists() else 0
+        delay = seconds * chance.random()
+        status, _ = forked(lambda copy=copy: run.whole(copy, None), lambda copy=copy, delay=delay: wait(copy, delay))
+        saved = saves_of(copy)[-1][0]
         first, last, weights = result_of(lambda copy=copy: run.whole(copy, None))
         resumed.append(first)
-        if first <= saved or (last, weights) != (steps, expected):
+        if first not in (saved + 1, saved + 2) or (last, weights) != (steps, expected):
             torn.append((number, status, saved, first))
     return {"moments": times, "torn": torn, "resumed at": resumed}
+
+
+def note_of(folder: Path) -> Path:
+    """Return where a run writes down what it has saved in ``folder``, and when."""
+    return folder.parent / f"{folder.name}.saved"
+
+
+def saves_of(folder: Path) -> list[tuple[int, float]]:
+    """Return step and time of what was saved, without a line that a kill cut short."""
+    lines = note_of(folder).read_text().split("\n")[:-1] if note_of(folder).exists() else []
+    return [(int(step), float(when)) for step, when in (line.split() for line in lines)]
+
+
+def wait(folder: Path, seconds: float) -> None:
+    """Return so many seconds after the first save."""
+    while not saves_of(folder):
+        time.sleep(0.005)
+    time.sleep(seconds)
 
 
 def copy_of(source: Path, target: Path) -> Path:
