@@ -50,7 +50,7 @@ def _look(process: subprocess.Popen, run_path: Path, step: int, deadline: float)
     for later in range(LOOKS):
         while _steps(run_path) < step + later - LOOKS + 1:
             assert process.poll() is None and time.monotonic() < deadline, f"step {step} did not come"
-            time.sleep(0.002)
+            time.sleep(0.02)
         looks.append(_usages(process.pid))
     common = set.intersection(*(set(look) for look in looks))
     steady = {pid: _median([look[pid] for look in looks]) for pid in common}

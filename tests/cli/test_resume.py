@@ -13,7 +13,7 @@ from tests.cli.resuming import Trial, failures, free_ports
 from tests.cli.supervised import demonstrations, pairs, write_rows
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
-from tests.trainer.ppo.harness import reward_file, tiny_reward_model
+from tests.trainer.ppo.harness import NOISY_COUNT, reward_file, tiny_reward_model
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 # 3 steps an epoch, the last of them short; 4 micro-batches a step on one rank, 2 on two.
@@ -48,7 +48,7 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
         "gae": ("--advantage_estimator=gae", "--n_samples_per_prompt=1"),
         "rloo": ("--advantage_estimator=rloo", "--n_samples_per_prompt=2"),
         "model": (f"--reward_pretrain={judge}", "--normalize_reward"),
-        "function": (f"--remote_rm_url={reward_file(folder)}",),
+        "function": (f"--remote_rm_url={reward_file(folder, NOISY_COUNT)}",),
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.cli.resuming import cut, differences, places, remember
 from tests.cli.supervised import ROOT, metrics_of, write_rows
 from tests.helpers import tiny_folder
-from tests.trainer.ppo.harness import reward_file, tiny_reward_model
+from tests.trainer.ppo.harness import NOISY_COUNT, reward_file, tiny_reward_model
 
 # 3 rollout steps an episode, the last of them short; 2 optimizer steps a rollout and pass.
 SHAPE = ("--rollout_batch_size=4", "--num_episodes=2", "--train_batch_size=4", "--micro_train_batch_size=2")
@@ -80,32 +80,47 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
     return {
         "shared": (*data, *SHAPE, *LENGTHS, *LEARNING, *PLACES, *evaluation),
         "model": (f"--reward_pretrain={judge}", "--normalize_reward"),
-        "function": (f"--remote_rm_url={reward_file(folder)}",),
+        "function": (f"--remote_rm_url={reward_file(folder, NOISY_COUNT)}",),
     }
 
 
-@pytest.mark.full
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_on_ray_that_was_cut_or_killed_is_the_whole_run_bit_for_bit(material, tmp_path, name):
-    reward, own = RUNS[name]
-    if "vLLM" in name:
+@pytest.fixture(scope="module")
+def whole(request, material, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
+    """The flags of a run and its folder when it came to its end without a cut."""
+    reward, own = RUNS[request.param]
+    if "vLLM" in request.param:
         pytest.importorskip("vllm")
     flags = (*material["shared"], *material[reward], *own)
-    whole = tmp_path / "whole"
-    run(*flags, *places(whole))
-    assert all(step["sync_gap"] < 2e-2 for step in metrics_of(whole / "model_run"))
+    folder = tmp_path_factory.mktemp("ray") / "whole"
+    run(*flags, *places(folder))
+    assert all(step["sync_gap"] < 2e-2 for step in metrics_of(folder / "model_run"))
+    return flags, folder
 
-    killed = run_and_kill(tmp_path / "killed", 3, *flags, *places(tmp_path / "killed"))
-    for case, source, step in (("from2", whole, 2), ("from3", whole, 3), ("from5", whole, 5)):
-        cut(source, tmp_path / case, step)
-    cases = {"killed": killed, "from2": 2, "from3": 3, "from5": 5, "twice": 4}
-    found = {}
-    for case, step in cases.items():
-        if case == "twice":
-            cut(tmp_path / "from2", tmp_path / "twice", 4)
-        remember(tmp_path / case)
-        run(*flags, *places(tmp_path / case), "--load_checkpoint")
-        found[case] = differences(whole, tmp_path / case, step)
-    assert killed >= 2
-    assert {case: unlike for case, unlike in found.items() if unlike} == {}
+
+def take_up(folder: Path, flags: tuple[str, ...]) -> Path:
+    """Go on with the run that was cut in ``folder``."""
+    remember(folder)
+    run(*flags, *places(folder), "--load_checkpoint")
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("whole", RUNS, indirect=True)
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_run_on_ray_that_was_cut_is_the_whole_run_bit_for_bit(whole, tmp_path, step):
+    flags, folder = whole
+    cut(folder, tmp_path / "again", step)
+    assert differences(folder, take_up(tmp_path / "again", flags), step) == []
+    if step == 2:
+        cut(tmp_path / "again", tmp_path / "twice", 4)
+        assert differences(folder, take_up(tmp_path / "twice", flags), 4) == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("whole", RUNS, indirect=True)
+def test_a_run_on_ray_that_was_killed_in_a_step_is_the_whole_run_bit_for_bit(whole, tmp_path):
+    flags, folder = whole
+    saved = run_and_kill(tmp_path, 3, *flags, *places(tmp_path))
+    assert differences(folder, take_up(tmp_path, flags), saved) == []

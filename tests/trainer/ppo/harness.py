@@ -26,6 +26,11 @@ COUNT_E = (
     "def reward_func(queries, prompts, labels):\n"
     "    return [float(query[len(prompt):].count('e')) for query, prompt in zip(queries, prompts)]\n"
 )
+NOISY_COUNT = (
+    "import random\n"
+    "def reward_func(queries, prompts, labels):\n"
+    "    return [query[len(prompt):].count('e') + random.random() for query, prompt in zip(queries, prompts)]\n"
+)
 
 
 def reward_file(folder: Path, source: str = COUNT_E) -> str:
