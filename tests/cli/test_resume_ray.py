@@ -31,9 +31,9 @@ RLOO = ("--advantage_estimator=rloo", "--actor_num_gpus_per_node=2")
 PREFACE = "Natalia sold clips to 48 of her friends, and then she sold half as many clips in May to a tiny robot. " * 4
 SHARDED = ("--bf16", "--adam_offload", "--enable_prefix_caching", f"--input_template={PREFACE}{{}}")
 RUNS = {
-    "gae, reward model, vLLM": ("model", (*GAE, *ENGINE, "--actor_num_gpus_per_node=1")),
-    "rloo, function, vLLM, two actors in bf16": ("function", (*RLOO, *ENGINE, *SHARDED)),
-    "rloo, function, two actors that generate": ("function", RLOO),
+    "gae-model-vllm": ("model", (*GAE, *ENGINE, "--actor_num_gpus_per_node=1")),
+    "rloo-function-vllm-bf16": ("function", (*RLOO, *ENGINE, *SHARDED)),
+    "rloo-function-hf": ("function", RLOO),
 }
 
 
@@ -88,7 +88,7 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
 def whole(request, material, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
     """The flags of a run and its folder when it came to its end without a cut."""
     reward, own = RUNS[request.param]
-    if "vLLM" in request.param:
+    if "vllm" in request.param:
         pytest.importorskip("vllm")
     flags = (*material["shared"], *material[reward], *own)
     folder = tmp_path_factory.mktemp("ray") / "whole"
