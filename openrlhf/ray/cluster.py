@@ -16,6 +16,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
+    # The history of every task, which only Ray's dashboard reads; it makes the head of the cluster grow with the run.
+    "RAY_task_events_report_interval_ms": "0",
 }
 
 
