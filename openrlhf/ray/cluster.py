@@ -16,8 +16,11 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
-    # The history of every task, which only Ray's dashboard reads; it makes the head of the cluster grow with the run.
+}
+WITHOUT_DASHBOARD = {
+    # The history of every task makes the head of the cluster grow with the run, and nobody here reads it.
     "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
 }
 
 
@@ -89,6 +92,8 @@ def _join() -> bool:
 
 
 def _start(slots: int) -> None:
+    for name, value in WITHOUT_DASHBOARD.items():
+        os.environ.setdefault(name, value)
     import ray
 
     ray.init(

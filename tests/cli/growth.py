@@ -14,6 +14,9 @@ import psutil
 
 LOOKS = 9
 """How often a process is looked at in one place of the run; the median counts."""
+DAEMON = "/ray/core/src/ray/"
+SETTLES = 2 * 2**20
+"""Bytes by which a daemon of Ray, of some 30 MiB, grows until its allocator has what it needs."""
 SHARED = re.compile(r"/dev/shm/\S+")
 
 
@@ -69,7 +72,7 @@ def _usages(root: int) -> dict[int, Usage]:
         try:
             with process.oneshot():
                 found[process.pid] = Usage(
-                    " ".join(process.cmdline())[:60] or process.name(),
+                    " ".join(process.cmdline())[:100] or process.name(),
                     process.memory_info().rss,
                     process.num_fds(),
                     process.num_threads(),
@@ -87,15 +90,19 @@ def _median(looks: list[Usage]) -> Usage:
 
 
 def growth(before: dict[int, Any], after: dict[int, Any], most: float, steps: int, bytes_a_step: int) -> list[str]:
-    """Return what grew: a process by more than the share ``most`` of its memory, or anything else at all."""
+    """Return what grew: the run or a process by more than the share ``most`` of its memory, or anything else at all."""
     found = [f"process {after[pid].name} is new" for pid in after.keys() - before.keys()]
     for pid in before.keys() & after.keys() - {0}:
         early, late = before[pid], after[pid]
-        if late.resident > early.resident * (1 + most):
+        allowed = max(early.resident * most, SETTLES if DAEMON in early.name else 0)
+        if late.resident > early.resident + allowed:
             found.append(f"{late.name}: {early.resident} to {late.resident} bytes resident")
         for what in ("files", "threads", "shared"):
             if getattr(late, what) > getattr(early, what):
                 found.append(f"{late.name}: {getattr(early, what)} to {getattr(late, what)} {what}")
+    whole = [sum(usage.resident for pid, usage in look.items() if pid) for look in (before, after)]
+    if whole[1] > whole[0] * (1 + most):
+        found.append(f"all processes: {whole[0]} to {whole[1]} bytes resident")
     written = (after[0] - before[0]) / steps
     return found + ([f"{written:.0f} bytes written a step"] if written > bytes_a_step else [])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.growth import growth, table, watch
+from tests.cli.growth import SETTLES, Usage, growth, table, watch
 from tests.cli.supervised import ROOT, command, demonstrations, environment, write_rows
 from tests.helpers import tiny_folder
 from tests.trainer.ppo.harness import reward_file
@@ -19,6 +19,23 @@ MOST = 0.01
 def report(name: str, before: dict, after: dict) -> None:
     """Print the figures; pytest shows them with -s, or when the test fails."""
     print(f"\n{name}\n{table(before, after)}")
+
+
+def test_growth_of_any_kind_is_seen():
+    def look(resident: int = 600 * 2**20, files: int = 9, written: int = 0, daemon: int = 30 * 2**20) -> dict:
+        raylet = Usage("/x/ray/core/src/ray/raylet/raylet", daemon, 1, 1, 0)
+        return {0: written, 7: Usage("python", resident, files, 3, 1), 8: raylet}
+
+    def found(after: dict) -> list[str]:
+        return growth(look(), after, MOST, steps=10, bytes_a_step=100)
+
+    assert found(look()) == found(look(resident=605 * 2**20, written=1000, daemon=31 * 2**20)) == []
+    assert len(found(look(resident=607 * 2**20))) == 1
+    assert len(found(look(resident=640 * 2**20))) == 2
+    assert len(found(look(daemon=30 * 2**20 + SETTLES + 1))) == 1
+    assert found(look(files=10)) == ["python: 9 to 10 files"]
+    assert found(look(written=2000)) == ["200 bytes written a step"]
+    assert found({**look(), 9: Usage("another", 0, 1, 1, 0)}) == ["process another is new"]
 
 
 @pytest.mark.full
