@@ -90,7 +90,7 @@ def _median(looks: list[Usage]) -> Usage:
 
 
 def growth(before: dict[int, Any], after: dict[int, Any], most: float, steps: int, bytes_a_step: int) -> list[str]:
-    """Return what grew: the run or a process by more than the share ``most`` of its memory, or anything else at all."""
+    """Return what grew: a process, or all, by more than the share ``most`` of its memory, anything else at all."""
     found = [f"process {after[pid].name} is new" for pid in after.keys() - before.keys()]
     for pid in before.keys() & after.keys() - {0}:
         early, late = before[pid], after[pid]
