@@ -22,6 +22,11 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+WITHOUT_DASHBOARD = {
+    # The history of every task makes the head of the cluster grow with the run, and nobody here reads it.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+}
 
 
 def connect(slots: int) -> str:
@@ -99,6 +104,8 @@ def _join() -> bool:
 
 def _start(slots: int) -> None:
     """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit no keys."""
+    for name, value in WITHOUT_DASHBOARD.items():
+        os.environ.setdefault(name, value)
     import ray
 
     device.stay_on_loopback()

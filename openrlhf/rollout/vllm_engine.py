@@ -36,7 +36,8 @@ class VLLMEngine:
         dtype: ``"float32"`` or ``"bfloat16"``; must be the trainer's, or every log-prob differs from it.
         seed: seed of the engine; samples do not depend on it, each has its own (:func:`sample_seed`).
         max_model_len: longest prompt plus answer in tokens; None takes the model's own limit.
-        enable_prefix_caching: share the cache of equal prompt beginnings; emptied at every change of weights.
+        enable_prefix_caching: share the cache of equal prompt beginnings; emptied before every call of
+            :meth:`generate`, so that no sample depends, to the last bit, on what was answered before.
         enforce_eager: do not compile and do not capture CUDA graphs. Always so on a CPU, where compiling needs a
             C++ compiler and 25 s for a tenth of the speed.
         gpu_memory_utilization: fraction of GPU memory for weights and cache; no effect on a CPU.
@@ -102,6 +103,7 @@ class VLLMEngine:
             for prompt in prompts
             for index in range(sampling.n)
         ]
+        self._empty_prefix_cache()
         outputs = self._run([(prompt.token_ids, seed) for prompt, seed in wanted], sampling)
         return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(wanted, outputs, strict=True)]
 
@@ -110,8 +112,7 @@ class VLLMEngine:
         if self.tensor_parallel_size > 1:
             weights = list(weights)  # crosses process borders
         self.llm.collective_rpc("load_policy_weights", args=(weights, self.repack_tied_head))
-        if not self.llm.reset_prefix_cache():
-            raise InfraError("vLLM kept its prefix cache over a change of weights: it would mix two policies.")
+        self._empty_prefix_cache()
         self.version = version
 
     def sleep(self) -> None:
@@ -123,6 +124,10 @@ class VLLMEngine:
         """Undo :meth:`sleep`."""
         if self._can_sleep:
             self.llm.wake_up()
+
+    def _empty_prefix_cache(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise InfraError("vLLM kept its prefix cache: it would mix two policies.")
 
     def _run(self, requests: list[tuple[tuple[int, ...], int]], sampling: SamplingParams) -> list[Any]:
         """Generate for ``(token_ids, seed)`` pairs and return vLLM's outputs in the same order."""

@@ -96,10 +96,13 @@ class DeepSpeedStrategy:
             self.comm = TorchComm(self.config.collective_timeout)
 
     def close(self) -> None:
-        """Leave the process group. The strategy cannot be used afterwards."""
+        """Leave the process group. This strategy cannot be used afterwards; another one may join again."""
         self.comm.close()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            import deepspeed
+
+            # DeepSpeed keeps groups of its own, which would outlive theirs.
+            deepspeed.comm.destroy_process_group()
 
     @contextmanager
     def loading_context(self, train: bool = True) -> Iterator[None]:

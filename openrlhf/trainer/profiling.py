@@ -1,7 +1,7 @@
-"""``--profile_steps 3-5``: a trace of what the processes of a run did in some of its steps, and a table of the costs.
+"""``--profile_steps 3-5``: a trace of what the processes of a run did in some steps, and a table of the costs.
 
-One ``trace.<name>.json.gz`` a process lies in the run folder and opens in https://ui.perfetto.dev or chrome://tracing;
-``profile.<name>.txt`` beside it lists the operators by their own time. Left out: vLLM engines, which have a profiler of
+One ``trace.<name>.json.gz`` a process lies in the run folder and opens in ui.perfetto.dev;
+``profile.<name>.txt`` beside it lists operators by their own time. Left out: vLLM engines, which have a profiler of
 their own. Recording costs time, so the rates of those steps say little.
 """
 

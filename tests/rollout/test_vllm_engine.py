@@ -14,7 +14,7 @@ PROMPTS = [Prompt(uid=str(row), text="", token_ids=tuple(range(5 + row, 12 + 2 *
 
 
 def engine_on(folder: str, **options) -> VLLMEngine:
-    return VLLMEngine(folder, dtype="float32", max_model_len=64, enforce_eager=True, **options)
+    return VLLMEngine(folder, dtype="float32", max_model_len=320, enforce_eager=True, **options)
 
 
 def model_of(seed: int, tied: bool):
@@ -61,6 +61,16 @@ def test_a_sample_repeats_whatever_is_generated_beside_it(tied):
     assert both[4].token_ids != both[5].token_ids
     other_step = tied.generate(PROMPTS[2:3], SamplingParams(12, temperature=0.7, n=2, seed=3, step=6))
     assert [rollout.seed for rollout in other_step] != [rollout.seed for rollout in alone]
+
+
+@pytest.mark.timeout(300)
+def test_a_sample_repeats_to_the_last_bit_whatever_was_generated_before(tied):
+    # The common beginning fills a block of the prefix cache; a second call would find it there.
+    common = tuple(3 + 7 * place % 300 for place in range(200))
+    prompts = [Prompt(uid=str(row), text="", token_ids=(*common, row + 5)) for row in range(4)]
+    tied.update_weights(model_of(0, tied=True).named_parameters(), 1)
+    first, again = tied.generate(prompts, SAMPLING), tied.generate(prompts, SAMPLING)
+    assert [rollout.log_probs for rollout in again] == [rollout.log_probs for rollout in first]
 
 
 @pytest.mark.timeout(300)

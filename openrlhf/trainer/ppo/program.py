@@ -10,6 +10,7 @@ from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.blending import load_mixture, required_keys
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
+from openrlhf.device import seed_everything
 from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
@@ -103,7 +104,11 @@ def _check_folders(config: PPOConfig) -> None:
 def build_loop(
     config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, engine: RolloutEngine, weight_sync: WeightSync
 ) -> PPOLoop:
-    """Return the loop of a run with its callbacks, whatever the roles and the engine are made of."""
+    """Return the loop of a run with its callbacks, whatever the roles and the engine are made of.
+
+    Seeds this process: reward functions run in it and may draw random numbers.
+    """
+    seed_everything(config.batch.seed)
     maker = ExperienceMaker(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)
     samples = SampleLog(run.path / "samples.jsonl", inputs.tokenizer)
     evaluator = Evaluator(config, inputs.eval_prompts, engine, maker, samples)

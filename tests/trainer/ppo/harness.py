@@ -26,6 +26,11 @@ COUNT_E = (
     "def reward_func(queries, prompts, labels):\n"
     "    return [float(query[len(prompt):].count('e')) for query, prompt in zip(queries, prompts)]\n"
 )
+NOISY_COUNT = (
+    "import random\n"
+    "def reward_func(queries, prompts, labels):\n"
+    "    return [query[len(prompt):].count('e') + random.random() for query, prompt in zip(queries, prompts)]\n"
+)
 
 
 def reward_file(folder: Path, source: str = COUNT_E) -> str:
@@ -35,8 +40,10 @@ def reward_file(folder: Path, source: str = COUNT_E) -> str:
     return str(path)
 
 
-def tiny_reward_model(path: Path, **config: Any) -> str:
-    """Save a tiny reward model with the tokenizer of the tiny policy; ``config`` goes to its config."""
+def tiny_reward_model(path: Path, arch: str = "qwen2", **config: Any) -> str:
+    """Save a tiny reward model with the tokenizer of a tiny policy of family ``arch``; ``config`` goes to its
+    config.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -44,7 +51,7 @@ def tiny_reward_model(path: Path, **config: Any) -> str:
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1))
+        model = AutoModelForSequenceClassification.from_config(tiny_config(arch, num_labels=1))
     for name, value in config.items():
         setattr(model.config, name, value)
     model.save_pretrained(path)
