@@ -7,6 +7,13 @@ from math import ceil
 from typing import ClassVar
 
 from openrlhf.config.algorithms import ESTIMATORS, Estimator
+from openrlhf.config.checks import (
+    file_problems,
+    missing_model,
+    same_key_problems,
+    source_problems,
+    template_problems,
+)
 from openrlhf.config.flags import flag
 from openrlhf.config.groups import (
     EVERYTHING,
@@ -22,11 +29,6 @@ from openrlhf.config.groups import (
     LoRAConfig,
     ModelConfig,
     OptimConfig,
-    file_problems,
-    missing_model,
-    same_key_problems,
-    source_problems,
-    template_problems,
 )
 
 

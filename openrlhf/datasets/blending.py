@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from openrlhf.config.groups import probability_problems
+from openrlhf.config.checks import probability_problems
 from openrlhf.datasets.sources import load_split
 from openrlhf.errors import DataError, UsageError
 

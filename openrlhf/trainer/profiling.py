@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from openrlhf.config.groups import profiled_steps
+from openrlhf.config.checks import profiled_steps
 from openrlhf.device import device_type
 from openrlhf.trainer.callbacks import Callback
 

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from openrlhf.config.groups import LoggingConfig, profiled_steps
+from openrlhf.config.checks import profiled_steps
+from openrlhf.config.groups import LoggingConfig
 from openrlhf.trainer.profiling import Profiling, Recorder
 
 
