@@ -129,8 +129,9 @@ def train_ppo_here(config) -> None:
             rewards=[group(RewardWorker, path=path) for path in config.model.reward_models],
         )
         engine = PolicyEngine(roles.policy)
-        build_loop(config, opened, inputs, roles, engine, engine).fit()
-        finish_run(config, opened, roles)
+        loop = build_loop(config, opened, inputs, roles, engine, engine)
+        loop.fit()
+        finish_run(config, opened, loop)
 
 
 @contextmanager
