@@ -110,14 +110,17 @@ def _start(slots: int) -> None:
 
     device.stay_on_loopback()
     with _on_loopback(), _without_secrets(), _deaf_to_sigterm():
-        ray.init(
-            address="local",
-            num_cpus=max(device.cores(), slots),
-            num_gpus=slots if device.device_type() == "cpu" else None,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=output_is_logged(),
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(device.cores(), slots),
+                num_gpus=slots if device.device_type() == "cpu" else None,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=output_is_logged(),
+            )
+        except Exception as error:  # Ray has no class of its own for this
+            raise InfraError(f"Ray did not start on this machine: {error}") from error
 
 
 def is_ours() -> bool:

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -157,7 +157,22 @@ def _listen(pipe: int, terminal: int) -> None:
 
 def _leave(terminal: int, why: str) -> NoReturn:
     os.write(terminal, f"{why}\n".encode())
+    # A Ray that this process started would notice in its own time only.
+    for process in _descendants(os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     os._exit(Preempted.exit_code)
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Return the processes below ``ancestor``, the nearest first."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        children.setdefault(_parent_of(int(folder.name)), []).append(int(folder.name))
+    found = list(children.get(ancestor, []))
+    for process in found:
+        found += children.get(process, [])
+    return found
 
 
 def _forget() -> None:

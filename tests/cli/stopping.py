@@ -94,7 +94,7 @@ def wait_for_line(process: subprocess.Popen, path: Path, line: str, timeout: flo
         time.sleep(0.002)
 
 
-def wait_until_gone(session: int, timeout: float = 5.0) -> list[str]:
+def wait_until_gone(session: int, timeout: float = 30.0) -> list[str]:
     """Return the processes of a session that are still there after ``timeout`` seconds."""
     end = time.monotonic() + timeout
     while alive_in(session) and time.monotonic() < end:

@@ -71,7 +71,7 @@ CASES = [
     Case("sft2", METRICS, TRAIN_3, "", whom=OUTER, code=-15),  # heard within half a second, wherever that is
     Case("rm", METRICS, TRAIN_3, "model"),
     Case("rm", LOG, "evaluation after step 8", "evaluation after step 8", 8),
-    Case("rm", LOG, "save step 8", "model", 8),
+    Case("rm", LOG, "save step 8", "evaluation after step 8", 8),
     Case("rm", LOG, "phase: export", "export", 16),
     Case("ppo", LOG, "phase: generate, after step 1", "generate, after step 1", 1),
     Case("ppo", LOG, "phase: ray", "ray", 0),

@@ -96,6 +96,20 @@ with signals.held():
     assert "once more" in output
 
 
+def test_a_second_signal_ends_the_children_and_theirs_too():
+    program = """
+import subprocess
+child = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+with signals.held():
+    grandchild = child.stdout.readline().strip()
+    ready(); print(grandchild, flush=True); wait()
+"""
+    code, _, output = asked(program, signal.SIGTERM, signal.SIGTERM)
+    state = Path(f"/proc/{output.split()[0]}/stat")
+    assert code == 143
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
 def test_the_same_request_told_twice_is_one():
     program = """
 with signals.held():
