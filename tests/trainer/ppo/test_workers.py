@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,12 +230,13 @@ def test_normalisation_without_figures_is_an_error(tmp_path):
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused(tmp_path):
-    from transformers import AutoTokenizer
-
     path = tiny_reward_model(tmp_path / "rm")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens(["<|other|>"])
-    tokenizer.save_pretrained(path)
+    file = Path(path, "tokenizer.json")
+    tokenizer = json.loads(file.read_text())
+    first, second = list(tokenizer["model"]["vocab"])[-2:]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
     config = tiny_ppo_config(tmp_path)
     with pytest.raises(DataError, match="one tokenizer"):
         RewardWorker(config, solo_strategy(config), path=path)
