@@ -192,13 +192,13 @@ def medians(runs: list[Figures]) -> Figures:
 def table(figures: dict[str, list[Figures]]) -> list[str]:
     """Return the medians and how many times ours is each."""
     ours = medians(figures[OURS])
-    width = max(map(len, figures))
+    width = max(map(len, figures)) + len("ours / ")
     lines = ["".join([f"{'':{width}}", *(f"{name:>16}" for name in ours)])]
     for name, runs in figures.items():
         lines.append("".join([f"{name:{width}}", *(f"{value:>16,.4g}" for value in medians(runs).values())]))
     for name, runs in islice(figures.items(), 1, None):
         ratios = (ours[key] / value for key, value in medians(runs).items())
-        lines.append("".join([f"{'ours / ' + name:{width}}"[:width], *(f"{ratio:>15.2f}x" for ratio in ratios)]))
+        lines.append("".join([f"{'ours / ' + name:{width}}", *(f"{ratio:>15.2f}x" for ratio in ratios)]))
     return lines
 
 
