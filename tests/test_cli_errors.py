@@ -90,7 +90,6 @@ WRONG = [
     ("train_rm", "--dataset a,b --dataset_probs 0.5", "--dataset_probs has 1 values for the 2 data sets"),
     ("train_ppo_ray", "--prompt_data a,", "--prompt_data 'a,': an entry between the commas is empty"),
     ("train_ppo_ray", "--prompt_data a,b", "--prompt_data_probs has 1 values for the 2 data sets of --prompt_data"),
-    ("train_ppo_ray", "--label_key input", "--input_key and --label_key both name the column 'input'"),
     ("train_ppo_ray", "--train_batch_size 2", "--micro_train_batch_size 4 is larger than --train_batch_size 2"),
     ("train_ppo_ray", "--zero_stage 1 --zpg 2 --vllm_num_engines 1", "--zpg 2 needs --zero_stage 3, not 1"),
     ("train_ppo_ray", "--save_steps 5 --disable_ds_ckpt", "--disable_ds_ckpt leaves nothing to write at --save_steps"),
@@ -182,11 +181,12 @@ def test_what_the_command_finds_wrong_itself_joins_the_other_problems(capsys):
     assert "--seed takes a whole number" in text and "--pretrain is missing" in text and "--save_path: mine" in text
 
 
-def test_a_normalised_reward_needs_a_reward_model(tmp_path):
+def test_a_normalised_reward_without_a_reward_model_is_told_and_changes_nothing(tmp_path):
     (tmp_path / "reward.py").touch()
     words = ["--pretrain", "m", "--prompt_data", "d", "--remote_rm_url", str(tmp_path / "reward.py")]
-    with pytest.raises(UsageError, match="--normalize_reward uses the mean and std of a reward model.*there is none"):
-        parse(PPOConfig, [*words, "--normalize_reward"], "train_ppo_ray")
+    for flags, told in (([], 1), (["--critic_pretrain", "rm"], 0)):
+        config, _ = parse(PPOConfig, [*words, "--normalize_reward", *flags], "train_ppo_ray")
+        assert sum("--normalize_reward has no effect" in notice for notice in config.notices()) == told
 
 
 @pytest.mark.parametrize("gpu", [True, False])

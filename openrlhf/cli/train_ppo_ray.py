@@ -21,8 +21,8 @@ from openrlhf.ray.placement import ENGINES, Placement
 from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run
 
-RESERVE_S = 120.0
-"""How long to wait for devices that the cluster has and others use."""
+RESERVE_S = 600.0
+"""How long to wait for devices that others use, or that an autoscaler of the cluster is fetching."""
 
 
 def plan(config: PPOConfig, _: int) -> list[str]:

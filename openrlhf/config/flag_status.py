@@ -119,7 +119,7 @@ NO_EFFECT_HERE = {
     "input_template": _TEMPLATE,
     "tokenizer_chat_template": _CHAT,
     **dict.fromkeys(("output_key", "apply_chat_template"), _RAW),
-    **dict.fromkeys(("save_hf_ckpt", "disable_ds_ckpt", "max_ckpt_num", "max_ckpt_mem"), _SAVES),
+    "save_hf_ckpt": _SAVES,
     "eval_steps": NoEffect(
         "it needs --eval_dataset", lambda values, gpu: "prompt_data" in values and not values["eval_dataset"]
     ),

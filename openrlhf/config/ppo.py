@@ -10,7 +10,6 @@ from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.checks import (
     file_problems,
     missing_model,
-    same_key_problems,
     source_problems,
     template_problems,
 )
@@ -303,12 +302,6 @@ class PPOConfig:
             )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
-        elif self.reward.normalize_reward and not self.model.reward_models:
-            found.append(
-                "--normalize_reward uses the mean and std of a reward model and there is none: add --reward_pretrain, "
-                "or leave it out and normalise in the function of --remote_rm_url"
-            )
-        found += same_key_problems(input_key=self.prompts.input_key, label_key=self.reward.label_key)
         if self.checkpoint.use_ds_universal_ckpt:
             found.append(
                 "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "
@@ -330,6 +323,8 @@ class PPOConfig:
             found.append(
                 f"--train_batch_size {step} is more than the {samples} answers of a rollout: a step takes all"
             )
+        if self.reward.normalize_reward and not (self.model.reward_models or self.model.critic_pretrain):
+            found.append("--normalize_reward has no effect: it uses the mean and std of a reward model, there is none")
         if self.save_value_network and not self.algorithm.estimator.needs_critic:
             found.append(f"--save_value_network: {self.algorithm.advantage_estimator} has no critic to save")
         return found

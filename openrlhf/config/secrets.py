@@ -43,7 +43,8 @@ def masked(name: str, value: Any) -> Any:
 def hide_in_argv(key: str) -> None:
     """Mask ``key`` in this process's copy of its command line, which libraries store with what they log."""
     if key:
-        sys.argv[:] = [word.replace(key, MASK) for word in sys.argv]
+        whole = re.compile(rf"(^|=){re.escape(key)}$")
+        sys.argv[:] = [whole.sub(rf"\g<1>{MASK}", word) for word in sys.argv]
 
 
 def is_secret(variable: str) -> bool:

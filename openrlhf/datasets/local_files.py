@@ -151,8 +151,9 @@ def _check_type(key: str, value: Any, where: str, first_types: dict[str, tuple[s
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ``("file:line", value)`` of a file of JSON lines, or ``("file: item n", value)`` of one JSON list."""
     with _open(path) as handle:
+        nothing_yet = True
         for number, raw in enumerate(iter(lambda: handle.readline(LINE_LIMIT + 1), b""), 1):
-            if number == 1 and raw.removeprefix(BOM).lstrip().startswith(b"["):
+            if nothing_yet and raw.removeprefix(BOM).lstrip().startswith(b"["):
                 rest = raw + handle.read()
                 items = _parse(rest, f"{path}")
                 yield from ((f"{path}: item {index}", item) for index, item in enumerate(items))
@@ -162,6 +163,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     f"{path}:{number}: the line is longer than {LINE_LIMIT // 2**20} MB; write one JSON object a line"
                 )
             if raw.removeprefix(BOM).strip():
+                nothing_yet = False
                 yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
 
 

@@ -69,15 +69,19 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if path.is_file():
         kinds = ", ".join(FORMATS)
         raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
-    _check_hub(text, f"{flag} {entry}")
+    if not path.exists() and not (data_dir and Path(data_dir).expanduser().is_dir()):
+        _check_hub(text, f"{flag} {entry}")
     return _as_splits(_call_datasets("load_dataset", f"{flag} {entry}", text, data_dir=data_dir or None))
 
 
 def _check_hub(name: str, entry: str) -> None:
     """Raise DataError when a data set is not in the cache and the hub is out of reach: it would be tried for long."""
     from datasets import config
+    from datasets.naming import camelcase_to_snakecase
 
-    if config.HF_HUB_OFFLINE or (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+    *owner, own_name = name.split("/")
+    cached = Path(config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(own_name)]))
+    if config.HF_HUB_OFFLINE or cached.is_dir():
         return
     if reason := device.why_unreachable(config.HF_ENDPOINT):
         raise DataError(

@@ -21,6 +21,7 @@ from openrlhf.models.backbone import architecture, enable_gradient_checkpointing
 from openrlhf.paths import inside, no_links_out
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONVERT = "convert them once with transformers' `from_pretrained(...).save_pretrained(new_folder)`"
 OWN_CODE = "brings code of its own (auto_map), which is not run unasked; pass --trust_remote_code if you trust it"
@@ -203,6 +204,8 @@ def _check_config(folder: Path, trust_remote_code: bool, flag: str) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: holds no JSON object; copy the config.json of this model")
     if "auto_map" in config and not trust_remote_code and not _known(config.get("model_type")):
         raise DataError(f"{flag} {folder}: the model {OWN_CODE}")
 
@@ -230,14 +233,18 @@ def _check_weights(folder: Path, flag: str) -> None:
 
 
 def _check_shards(folder: Path, flag: str) -> None:
-    """Raise DataError when an index of sharded weights is broken, or names a file that is not in the folder."""
+    """Raise DataError when an index of sharded weights is broken, names a file elsewhere, or one that it needs.
+
+    Only the index that transformers reads needs its files: others may lie beside it, of shards that were not copied.
+    """
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(f"{flag} {index}: not an index of weights: {type(error).__name__}: {error}") from error
+        is_read = index.name == INDEX and not (folder / WHOLE).is_file()
         for name in sorted(names, key=str):
-            if not inside(folder, name, f"{flag} {index}").is_file():
+            if not inside(folder, name, f"{flag} {index}").is_file() and is_read:
                 raise DataError(f"{flag} {index}: the folder has no {name}; copy all files of the model")
 
 

@@ -41,7 +41,8 @@ def check_language_model(path: str, *, trust_remote_code: bool, flag: str = "--p
         return
     config = _config(path)
     for name in config.get("architectures") or []:
-        if name.endswith("Model") and not name.endswith(HEADED) and config.get("tie_word_embeddings") is False:
+        headless = name.endswith("Model") and not name.endswith(HEADED) and "auto_map" not in config
+        if headless and config.get("tie_word_embeddings") is False:
             raise DataError(
                 f"{flag} {path}: this model has no language-model head ({name} in config.json) and would get a random "
                 "one; name a model with ForCausalLM in its config.json"

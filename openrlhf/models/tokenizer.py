@@ -71,8 +71,9 @@ def _embedded_tokens(path: str, trust_remote_code: bool) -> float:
 
 
 def _check_vocabulary(tokenizer, known: float, source: str) -> None:
-    """Raise DataError when ordinary tokens have no embedding; special ones that transformers added are never made."""
-    special = set(tokenizer.all_special_ids)
+    """Raise DataError when ordinary tokens have no embedding; special ones need none until they are used."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
     beyond = sorted(index for index in tokenizer.get_vocab().values() if index >= known and index not in special)
     if beyond:
         raise DataError(

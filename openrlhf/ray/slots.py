@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -15,9 +16,8 @@ from openrlhf.errors import InfraError
 from openrlhf.ray.cluster import is_ours, worker_environment
 from openrlhf.ray.placement import ENGINES, Placement
 
+LOG = logging.getLogger(__name__)
 SHARE = 0.2
-GROWS_WITHIN_S = 25.0
-"""How long to wait for a cluster that has too little: a node may still be joining."""
 HINT = "Lower *_num_gpus_per_node or --vllm_num_engines, or share devices with --colocate_all_models."
 
 
@@ -69,7 +69,8 @@ def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, 
     if lacking and is_ours():
         raise InfraError(f"This machine has fewer devices than the run wants.\n{_shortage(placement, resource)}")
     if lacking:
-        timeout_s = min(timeout_s, GROWS_WITHIN_S)
+        table = _shortage(placement, resource)
+        LOG.warning("waiting %.0f s at most for more devices to join the cluster\n%s", timeout_s, table)
     groups = {}
     for pool, bundles in placement.pools.items():
         wanted = [{resource: size, **({"CPU": 1} if resource == "GPU" else {})} for size in bundles]

@@ -212,6 +212,7 @@ def _load(model_path: str, **options: Any):
         return vllm.LLM(
             model=model_path,
             logprobs_mode="processed_logprobs",
+            load_format="safetensors",  # never a pickle
             worker_extension_cls=WORKER_EXTENSION,
             **options,
         )

@@ -2,13 +2,14 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from openrlhf.config.groups import ModelConfig
 from openrlhf.errors import DataError
-from openrlhf.models.loading import load_causal_lm, load_value_model
+from openrlhf.models.loading import check_path, load_causal_lm, load_value_model
 from tests.helpers import tiny_causal_lm, tiny_folder
 
 PLAIN = ModelConfig()
@@ -141,3 +142,24 @@ def test_the_public_names_are_found_and_others_are_not():
     assert openrlhf.models.get_llm_for_sequence_regression.__module__ == "openrlhf.models.value_head"
     with pytest.raises(AttributeError):
         openrlhf.models.nothing  # noqa: B018
+
+
+def test_only_the_index_that_is_read_needs_its_files(tmp_path):
+    path = str(tiny_folder(tmp_path))
+    other = Path(path, "consolidated.safetensors.index.json")
+    other.write_text(json.dumps({"weight_map": {"a": "consolidated-1.safetensors"}}))
+    assert check_path(path, trust_remote_code=False, flag="--pretrain")
+    stale = Path(path, "model.safetensors.index.json")
+    stale.write_text(other.read_text())
+    assert check_path(path, trust_remote_code=False, flag="--pretrain")
+    Path(path, "model.safetensors").rename(Path(path, "model-1.safetensors"))
+    with pytest.raises(DataError, match="has no consolidated-1.safetensors"):
+        check_path(path, trust_remote_code=False, flag="--pretrain")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "7"])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    path = str(tiny_folder(tmp_path))
+    Path(path, "config.json").write_text(text)
+    with pytest.raises(DataError, match="config.json: holds no JSON object"):
+        check_path(path, trust_remote_code=False, flag="--pretrain")
