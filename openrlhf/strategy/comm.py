@@ -137,14 +137,20 @@ class TorchComm:
         try:
             self._store.wait(keys, timedelta(seconds=limit))
         except dist.DistError as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise InfraError(
-                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for ranks {missing} of "
+                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for {self._absent(keys)} of "
                 f"{self.world_size} (--collective_timeout)"
             ) from error
         # Everyone has passed the barrier before this one.
         self._store.delete_key(f"{self._barriers - 1}/{self.rank}")
         self._barriers += 1
+
+    def _absent(self, keys: list[str]) -> str:
+        """Return which ranks have not set their key; rank 0 holds the store, so without it nobody can be asked."""
+        try:
+            return f"ranks {[rank for rank, key in enumerate(keys) if not self._store.check([key])]}"
+        except dist.DistError:
+            return "rank 0, which is gone,"
 
     @contextmanager
     def waiting(self, what: str, timeout_s: float | None = None) -> Iterator[None]:

@@ -56,19 +56,27 @@ def first_damage(root: Path, entries: dict[str, dict[str, Any]], rank: int = 0, 
     A file that no entry names is damage too, because it may be read: only hidden ones, as network disks make, are not.
     """
     for name in sorted(entries)[rank::world_size]:
-        path = root / name
-        if not path.resolve().is_relative_to(root.resolve()):
-            return f"{name} leads outside the folder"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entries[name]["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entries[name]['size']}"
-        if disk.sha256(path) != entries[name]["sha256"]:
-            return f"{name} does not match its hash"
+        try:
+            damage = _damage(root, name, entries[name])
+        except OSError as error:
+            damage = f"{name} cannot be read ({error})"
+        if damage:
+            return damage
     strangers = set(files_of(root)) - {*entries, MANIFEST}
     for name in sorted(name for name in strangers if not Path(name).name.startswith(".")):
         return f"{name} does not belong to it"
     return None
+
+
+def _damage(root: Path, name: str, entry: dict[str, Any]) -> str | None:
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        return f"{name} leads outside the folder"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != entry["size"]:
+        return f"{name} has {path.stat().st_size} bytes, not {entry['size']}"
+    return None if disk.sha256(path) == entry["sha256"] else f"{name} does not match its hash"
 
 
 def _digest(body: dict[str, Any]) -> str:

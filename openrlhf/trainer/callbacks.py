@@ -76,8 +76,8 @@ class Callbacks(Callback):
             callback.on_evaluate(trainer, values)
 
     def on_stop(self, trainer: Any) -> str:
-        """Stop each, and return how to go on."""
-        return "; ".join(filter(None, [callback.on_stop(trainer) for callback in self._callbacks]))
+        """Stop each, the last one first, so that what must be saved is saved; return how to go on."""
+        return "; ".join(filter(None, [callback.on_stop(trainer) for callback in reversed(self._callbacks)]))
 
     def on_end(self, trainer: Any) -> None:
         """End each."""

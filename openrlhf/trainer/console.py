@@ -33,8 +33,7 @@ class Console:
         if self._quiet:
             return
         erase = "\r\x1b[2K" if self._status else ""
-        self._stream.write(f"{erase}{text}\n{self._status}")
-        self._stream.flush()
+        self._write(f"{erase}{text}\n{self._status}")
 
     def status(self, text: str, at_once: bool = False) -> None:
         """Show where the run stands; off a terminal a line each few seconds, or ``at_once``."""
@@ -42,8 +41,7 @@ class Console:
             return
         if self._live:
             self._status = text[: self._columns() - 1]
-            self._stream.write(f"\r\x1b[2K{self._status}")
-            self._stream.flush()
+            self._write(f"\r\x1b[2K{self._status}")
         elif at_once or time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             self.line(text)
@@ -58,7 +56,12 @@ class Console:
         """Leave the status line as it is and go on below it."""
         if self._status:
             self._status = ""
-            self._stream.write("\n")
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        """Write, unless the terminal is gone or its disk is full: nobody reads then, and training goes on."""
+        with suppress(OSError):
+            self._stream.write(text)
             self._stream.flush()
 
 

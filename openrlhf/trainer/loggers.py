@@ -70,7 +70,8 @@ class Logger:
 
 def rewind(path: Path, step: int) -> None:
     """Keep the lines of a JSON lines file up to ``step``, drop later or torn ones; at step 0 begin anew."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    # Not splitlines(): text may hold other line separators of Unicode.
+    lines = path.read_text(encoding="utf-8").split("\n") if step and path.exists() else []
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
     os.replace(temporary, path)

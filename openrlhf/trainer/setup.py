@@ -79,7 +79,7 @@ def _claim(config: CheckpointConfig, run_path: Path, held: ExitStack) -> list[st
     checkpoints = Path(config.ckpt_path)
     try:
         files.probe(files.nearest_folder(Path(config.save_path)))
-        if config.save_steps > 0 or checkpoints.exists():
+        if not config.disable_ds_ckpt or config.save_hf_ckpt:
             checkpoints.mkdir(parents=True, exist_ok=True)
             files.probe(checkpoints)
             places[checkpoints] = "--ckpt_path"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from openrlhf.config.groups import LoggingConfig
-from openrlhf.trainer.loggers import JsonlLogger, TensorboardLogger, WandbLogger, build_loggers
+from openrlhf.trainer.loggers import JsonlLogger, TensorboardLogger, WandbLogger, build_loggers, rewind
 
 
 def lines(path):
@@ -129,3 +129,12 @@ def no_wandb_session():
 @pytest.mark.parametrize("flags", [{}, {"use_wandb": None, "use_tensorboard": None}])
 def test_without_flags_there_are_no_other_loggers(flags, tmp_path):
     assert build_loggers(LoggingConfig(**flags), {}, tmp_path) == []
+
+
+def test_a_rewound_journal_keeps_lines_whose_text_holds_other_line_separators(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [{"step": step, "text": f"a{separator}b"} for step, separator in enumerate("\u2028\u2029\x85\u000b", 1)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    rewind(path, 3)
+    kept = path.read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in kept if line] == rows[:3]

@@ -1,10 +1,12 @@
 """What a person sees: our lines on the terminal, the noise of libraries in the log, a summary that is right."""
 
+import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +112,14 @@ def test_memory_shrinks_with_the_stage_by_what_it_shards():
     assert full == [1600, 1200, 1000, 800]
     assert memory_per_rank(100, 100, 0, 2, bf16=True) == 1800
     assert memory_per_rank(100, 10, 0, 1, bf16=False) == 520
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_terminal_that_takes_nothing_more_does_not_stop_the_run():
+    with open("/dev/full", "w") as stream:
+        console = Console(stream)
+        console.line("a line")
+        console.status("a status", at_once=True)
+        console.settle()
+        with contextlib.suppress(OSError):
+            stream.close()
