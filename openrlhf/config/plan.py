@@ -112,10 +112,11 @@ def _engine_text(config: PPOConfig) -> str:
 
 def _files(config: Any) -> list[str]:
     checkpoint = config.checkpoint
+    seldom = "none" if checkpoint.disable_ds_ckpt else f"only when asked to stop, in {checkpoint.ckpt_path}"
     every = f"every {_count(checkpoint.save_steps, 'step')} in {checkpoint.ckpt_path}"
     return [
         f"model in {checkpoint.save_path}, figures and report in {config.logging.run_path}",
-        f"checkpoints: {every if checkpoint.save_steps > 0 else 'none'}",
+        f"checkpoints: {every if checkpoint.save_steps > 0 else seldom}",
     ]
 
 

@@ -7,14 +7,10 @@ slot is one device of the cluster: a GPU, or a CPU core where there are none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from openrlhf import device
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
-
-if TYPE_CHECKING:
-    from openrlhf.ray.slots import Slots
 
 SHARED_GPU_MEMORY = 0.4
 ENGINES = "vllm"
@@ -146,12 +142,6 @@ class Placement:
         if not self.engines:
             lines.append("  no vLLM engines: the policy generates")
         return lines + [f"  {notice}" for notice in self.notices]
-
-    def reserve(self, resource: str, timeout_s: float) -> dict[str, Slots]:
-        """Reserve the devices on the connected cluster; see :func:`openrlhf.ray.slots.reserve`."""
-        from openrlhf.ray.slots import reserve
-
-        return reserve(self, resource, timeout_s)
 
     def _problems(self, config: PPOConfig) -> list[str]:
         found = []

@@ -19,10 +19,12 @@ def check_position(before: Mapping[str, Any], now: Mapping[str, Any], data_flag:
     """
     again = "since the checkpoint was written"
     problems = []
+    as_it_was = before[STEPS] == now[STEPS]
+    otherwise = "--allow_config_change to go on with the new rows" if as_it_was else "start a new run"
     if before[DATA] != now[DATA]:
         problems.append(
             f"{data_flag}: the rows are not those of the checkpoint ({before[ROWS]:,} rows then, {now[ROWS]:,} now): "
-            "give the same data and template, or --allow_config_change to go on with the new rows"
+            f"give the same data and template, or {otherwise}"
         )
     problems += [
         f"--{name} {before.get(name)} -> {value} {again}: give the old value, or --allow_config_change to go on with "
@@ -30,7 +32,7 @@ def check_position(before: Mapping[str, Any], now: Mapping[str, Any], data_flag:
         for name, value in now.items()
         if name not in (ROWS, DATA, STEPS) and before.get(name) != value
     ]
-    if allow_change and before[STEPS] != now[STEPS]:
+    if allow_change and not as_it_was:
         raise UsageError(
             f"{data_flag}: an epoch had {before[STEPS]} steps and now has {now[STEPS]}; --allow_config_change cannot "
             "carry a position over: start a new run, with --pretrain on an export of this one"

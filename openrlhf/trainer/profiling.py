@@ -84,9 +84,16 @@ class Profiling(Callback):
             self._start()
 
     def _end(self, step: int) -> None:
-        self._stop(self._folder)
-        self._say(f"trace of steps {self._began}-{step} in {self._folder}/trace.*.json.gz, open it in ui.perfetto.dev")
+        try:
+            self._stop(self._folder)
+        except OSError as error:
+            self._say(f"no trace of steps {self._began}-{step}: {error}; training goes on")
+        else:
+            self._tell(step)
         self._began = self._last = 0
+
+    def _tell(self, step: int) -> None:
+        self._say(f"trace of steps {self._began}-{step} in {self._folder}/trace.*.json.gz, open it in ui.perfetto.dev")
 
 
 def of_groups(groups: Sequence[Any], start: Callable, stop: Callable) -> tuple[Callable, Callable[[Path], None]]:

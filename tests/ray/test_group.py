@@ -17,6 +17,7 @@ from openrlhf.errors import InfraError, NumericError, UsageError
 from openrlhf.ray import cluster
 from openrlhf.ray.group import RayGroup, Watch
 from openrlhf.ray.host import ray_noset_visible_devices
+from openrlhf.ray.slots import reserve
 from openrlhf.ray.vllm_actor import see_own_devices
 from openrlhf.trainer.ppo.groups import LocalGroup
 from tests.ray.conftest import placement_of
@@ -75,7 +76,7 @@ class Summing:
 
 @contextmanager
 def two_adders(resource: str):
-    slots = placement_of(actors=2).reserve(resource, timeout_s=30)["actor"]
+    slots = reserve(placement_of(actors=2), resource, timeout_s=30)["actor"]
     workers = RayGroup.start("actor", slots, Watch(timeout_s=60, look_every_s=1))
     workers.get(workers.build(Adder, 100))
     yield workers
@@ -194,7 +195,7 @@ def test_an_engine_picks_the_devices_of_its_seat_when_ray_leaves_the_list_alone(
 
 
 def test_workers_with_a_strategy_form_one_process_group(local_ray):
-    slots = placement_of(actors=2).reserve(local_ray, timeout_s=30)["actor"]
+    slots = reserve(placement_of(actors=2), local_ray, timeout_s=30)["actor"]
     workers = RayGroup.start("actor", slots, Watch(timeout_s=60))
     workers.get(workers.setup(Summing, PPOConfig(), start=10))
     assert workers.get(workers.run(Summing.sum_of_ranks)) == [21.0, 21.0]
@@ -204,7 +205,7 @@ def test_workers_with_a_strategy_form_one_process_group(local_ray):
 def test_a_shortage_of_devices_ends_in_a_table(local_ray):
     started = time.monotonic()
     with pytest.raises(InfraError) as short:
-        placement_of(actors=64).reserve(local_ray, timeout_s=3)
+        reserve(placement_of(actors=64), local_ray, timeout_s=3)
     assert time.monotonic() - started < 30
     assert "wanted" in str(short.value) and "64" in str(short.value) and "actor x64" in str(short.value)
 

@@ -11,6 +11,7 @@ import torch
 from openrlhf.errors import InfraError
 from openrlhf.ray.buckets import pack, unpack
 from openrlhf.ray.group import RayGroup, Watch
+from openrlhf.ray.slots import reserve
 from openrlhf.ray.vllm_actor import RayEngines
 from openrlhf.ray.weight_sync import RayWeightSync
 from openrlhf.rollout.types import Prompt, SamplingParams
@@ -51,7 +52,7 @@ def model_of(seed: int):
 @pytest.fixture(scope="module")
 def fleet(local_ray, tmp_path_factory):
     """Two policy ranks and two engines."""
-    slots = placement_of(actors=2, engines=2).reserve(local_ray, timeout_s=30)
+    slots = reserve(placement_of(actors=2, engines=2), local_ray, timeout_s=30)
     watch = Watch(timeout_s=120, look_every_s=1)
     policy = RayGroup.start("actor", slots["actor"], watch)
     engines = RayEngines.start(slots["vllm"], watch)

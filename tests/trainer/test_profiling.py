@@ -67,3 +67,11 @@ def test_what_is_no_range_of_steps_is_an_error_that_shows_one(text):
     (problem,) = LoggingConfig(profile_steps=text).problems()
     assert f"--profile_steps {text} " in problem and "3-5" in problem
     assert profiled_steps("4") == (4, 4)
+
+
+def test_a_trace_that_cannot_be_written_is_told_and_does_not_end_the_run(tmp_path):
+    said = []
+    run = Run(profiling("1", tmp_path / "missing", said))
+    run.go(3)
+    assert run.global_step == 3
+    assert len(said) == 1 and said[0].startswith("no trace of steps 1-1: ") and "training goes on" in said[0]
