@@ -104,7 +104,7 @@ class Actor(TokenModel):
     def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""
         if self.packed:
-            return self.model(**packed_arguments(batch)).logits[0]
+            return self.model(**packed_arguments(batch)).logits[0, : len(batch.indices)]
         return self.model(**padded_arguments(sequences, attention_mask)).logits.flatten(0, 1)[batch.indices]
 
     @contextlib.contextmanager

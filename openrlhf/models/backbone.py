@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from openrlhf.errors import UsageError
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
+from openrlhf.ops.logprobs import rows_round_to
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "eager"
@@ -91,12 +92,12 @@ class TokenModel(nn.Module):
         """Return the batch without padding; the first call verifies the model."""
         if not self.verified:
             self.verify()
-        return remove_padding(sequences, attention_mask)
+        return remove_padding(sequences, attention_mask, rows_round_to(self.device, self.model.dtype))
 
     def last_hidden(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the last hidden states ``(N, H)`` of the real tokens."""
         if self.packed:
-            return self.backbone(**packed_arguments(batch)).last_hidden_state[0]
+            return self.backbone(**packed_arguments(batch)).last_hidden_state[0, : len(batch.indices)]
         output = self.backbone(**padded_arguments(sequences, attention_mask))
         return output.last_hidden_state.flatten(0, 1)[batch.indices]
 

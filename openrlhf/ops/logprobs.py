@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ROUND_TO = 64
+"""A CPU prepares the product of half types anew, at several times its cost, for every new number of rows."""
+
 
 def token_log_probs(
     hidden: Tensor,
@@ -84,9 +87,9 @@ class _HeadGradients:
         """Add what ``grad_logits`` (rows, V) float32 of the hidden states ``chunk`` contributes."""
         if self.bias is not None:
             self.bias += grad_logits.sum(dim=0)
-        grad_logits = grad_logits.to(chunk.dtype)
+        chunk, grad_logits = filled(chunk), filled(grad_logits, chunk.dtype)
         if self.hidden is not None:
-            self.hidden[rows] = grad_logits @ self.head
+            self.hidden[rows] = (grad_logits @ self.head)[: len(rows)]
         if self.weight is not None and chunk.dtype == self.weight.dtype:
             self.weight.addmm_(grad_logits.t(), chunk)
         elif self.weight is not None:
@@ -100,9 +103,26 @@ class _HeadGradients:
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Return a fresh ``(rows, V)`` float32 tensor of logits over ``temperature``."""
-    logits = torch.mm(hidden, weight.t()) if bias is None else torch.addmm(bias, hidden, weight.t())
-    logits = logits.float()
+    rows = filled(hidden)
+    logits = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    logits = logits[: len(hidden)].float()
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def filled(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``rows`` (N, H) in ``dtype``, with rows of zeros below up to a multiple of `ROUND_TO` where that pays."""
+    dtype = dtype or rows.dtype
+    filler = -len(rows) % rows_round_to(rows.device, dtype)
+    if not filler:
+        return rows.to(dtype)
+    whole = torch.zeros(len(rows) + filler, rows.shape[1], dtype=dtype, device=rows.device)
+    whole[: len(rows)] = rows
+    return whole
+
+
+def rows_round_to(device: torch.device, dtype: torch.dtype) -> int:
+    """Return of what the rows of a matrix product should be a multiple: 1 but for half types on a CPU."""
+    return ROUND_TO if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def log_probs_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -24,6 +24,7 @@ from openrlhf.errors import UsageError
 from openrlhf.strategy import deepspeed_config, rendezvous
 from openrlhf.strategy.comm import Comm, SoloComm, TorchComm, limit_groups
 from openrlhf.strategy.engine import TrainEngine
+from openrlhf.strategy.master_weights import step_all_at_once
 from openrlhf.strategy.optimizer import build_optimizer, build_schedule, cpu_adam_is_available
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class DeepSpeedStrategy:
         if self.config.zero_stage == 0:
             # DeepSpeed may have taken a step on zero gradients to allocate the state; it must not count.
             optimizer.state.clear()
+            if engine.optimizer is not optimizer:
+                step_all_at_once(engine.optimizer)
         return TrainEngine(engine, self, optimizer, build_schedule(optimizer, optim_config, max_steps))
 
     def prepare_eval(self, module: nn.Module, offload: bool = False) -> nn.Module:

@@ -17,6 +17,16 @@ def test_removing_padding_gives_one_row_with_restarting_positions():
     assert batch.rows.longest == 4
 
 
+def test_filler_is_a_sequence_of_its_own_after_the_real_tokens():
+    batch = remove_padding(SEQUENCES, MASK, multiple=5)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 0, 1]]
+    assert batch.rows.lengths == (3, 1, 4, 2)
+    assert batch.rows.starts.tolist() == [0, 3, 4, 8, 10]
+    assert torch.equal(restore(batch.input_ids[0, : len(batch.indices)], batch.indices, (3, 4)), SEQUENCES)
+    assert remove_padding(SEQUENCES, MASK, multiple=4).rows.lengths == (3, 1, 4)
+
+
 def test_a_row_without_tokens_vanishes_from_the_lengths():
     mask = MASK.clone()
     mask[1] = False

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from openrlhf.ops.logprobs import log_probs_from_logits, token_log_probs
+from openrlhf.ops.logprobs import filled, log_probs_from_logits, token_log_probs
 
 N, H, V = 23, 8, 37
 
@@ -95,6 +95,14 @@ def test_the_weight_may_be_freed_after_the_forward_and_gathered_before_the_backw
     got = torch.autograd.grad((log_probs * upstream).sum(), [hidden, weight])
     for ours, reference in zip(got, expected):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rows_are_filled_up_with_zeros_for_half_types_alone(dtype):
+    rows = torch.randn(70, 4)
+    whole = filled(rows, dtype)
+    assert whole.dtype == dtype and len(whole) == (128 if dtype == torch.bfloat16 else 70)
+    assert torch.equal(whole[:70], rows.to(dtype)) and not whole[70:].any()
 
 
 def test_no_rows_give_no_log_probs_and_a_zero_gradient():
