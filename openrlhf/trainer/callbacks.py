@@ -1,7 +1,8 @@
 """What happens between optimizer steps: progress line, logs, evaluation, checkpoints. Their cadence is theirs.
 
 A loop shows itself as ``global_step``, ``max_steps``, ``epoch`` and ``max_epochs``; evaluation asks for
-``steps_per_epoch``, ``eval_data`` and ``evaluate()`` too, checkpoints for its state and its ``best_metric``.
+``steps_per_epoch``, ``eval_data`` and ``evaluate()`` too, checkpoints for its state, its ``best_metric`` and whether
+it is ``evaluating``: then the evaluation after the last step was begun and not finished.
 """
 
 from __future__ import annotations
@@ -202,13 +203,16 @@ class Evaluation(Callback):
 class Checkpointing(Callback):
     """Saves every ``save_steps`` steps (-1: never) what resumes the run, and a Hugging Face folder if asked.
 
-    A step that was evaluated is saved with its score; the best of them is kept whatever comes later.
+    A step that was evaluated is saved with its score; the best of them is kept whatever comes later. A run that was
+    stopped in an evaluation left its step on the disk without one: when that evaluation is done, the step is saved as
+    it would have been.
     """
 
     def __init__(self, manager: CheckpointManager, config: CheckpointConfig, export: Callable[[Path], None]):
         """``export(folder)`` writes the present weights as a Hugging Face folder; all ranks call it."""
         self._manager, self._config, self._export = manager, config, export
         self._on_disk = 0
+        self._unfinished: int | None = None
         self._evaluated: tuple[int, Score] | None = None
 
     def savers(self, trainer: Any) -> dict[str, Callable[[Path], None]]:
@@ -231,6 +235,8 @@ class Checkpointing(Callback):
         trainer.load_state_dict(checkpoint.state, self._config.allow_config_change)
         self._manager.load(checkpoint, self.loaders(trainer))
         self._on_disk = checkpoint.step
+        if trainer.evaluating and due(checkpoint.step, self._config.save_steps):
+            self._unfinished = checkpoint.step
         if trainer.global_step >= trainer.max_steps:
             self._manager.say(f"all {trainer.max_steps} steps of this run are done: there is nothing left to train")
 
@@ -241,14 +247,17 @@ class Checkpointing(Callback):
             return
         checkpoint, export = self.sizes(trainer)
         size = checkpoint * (not self._config.disable_ds_ckpt) + export * self._config.save_hf_ckpt
-        saves = trainer.max_steps // every - trainer.global_step // every
+        saves = trainer.max_steps // every - trainer.global_step // every + (self._unfinished is not None)
         self._manager.expect(size, saves, scored=bool(trainer.eval_data))
 
     def on_evaluate(self, trainer: Any, values: dict[str, float]) -> None:
-        """Remember how good the present step is."""
+        """Remember how good the present step is; save it again if it was on the disk without that."""
         metric, higher = trainer.best_metric
         value = values.get(metric, math.nan)
         self._evaluated = (trainer.global_step, Score(metric, value, higher)) if math.isfinite(value) else None
+        if trainer.global_step == self._unfinished:
+            self._unfinished = None
+            self.save(trainer)
 
     def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
         """Save when the step is due."""

@@ -25,6 +25,7 @@ from openrlhf.datasets.sampler import StepSampler
 from openrlhf.errors import DataError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+from openrlhf.strategy.rng import rewound_when_stopped
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.finite import StepGuard
@@ -148,6 +149,11 @@ class Trainer:
         """The epoch, counted from 1, of the step that was done last."""
         return max(0, self.global_step - 1) // self.steps_per_epoch + 1
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether the evaluation after the last step was begun and not finished."""
+        return self.position.evaluating
+
     @final
     def fit(self) -> None:
         """Train from the present position, which a checkpoint may have set, to the end of the last epoch.
@@ -159,7 +165,7 @@ class Trainer:
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.engine.train()
-            if self.position.evaluating:
+            if self.evaluating:
                 self.evaluate()
             for epoch in range(self.position.epoch, self.batch.max_epochs):
                 for rows in self.sampler.epoch(epoch, start_step=self.position.step):
@@ -224,6 +230,7 @@ class Trainer:
         """
         check_position(state["data"], self._data_facts(), "--dataset", allow_change)
         self.position = Position(**state["position"])
+        self.position.evaluating &= bool(len(self.eval_data))
         self.window.load_state_dict(state["window"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
@@ -257,13 +264,9 @@ class Trainer:
 
     def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
         """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
-        began, generators = time.perf_counter(), machine.rng_state()
-        try:
+        began = time.perf_counter()
+        with rewound_when_stopped():
             totals, losses, again = self._accumulate(rows)
-        except Preempted:
-            # The run goes on with this very step, from the random numbers that it began with.
-            machine.set_rng_state(generators)
-            raise
         tokens = totals.pop("tokens").total
         result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()
