@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -102,10 +103,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stopped.wait(EVERY_S):
-            try:
+            with suppress(dist.DistError, RuntimeError):
                 self._write()
-            except (dist.DistError, RuntimeError):
-                return
 
     def _write(self) -> None:
         self._beats += 1

@@ -114,3 +114,23 @@ def test_a_store_that_is_gone_ends_the_wait_at_once(ranks):
 
     message, seconds = waited(Gone(), ranks[1][1])
     assert "rank 0, where the ranks meet, which is gone: Connection reset" in message and seconds < 5.0
+
+
+def test_a_rank_goes_on_telling_that_it_lives_when_the_store_failed_once(monkeypatch):
+    class Flaky(dist.Store):
+        sets = 0
+
+        def clone(self):
+            return self
+
+        def set(self, key, value):
+            self.sets += 1
+            if self.sets == 4:
+                raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.05)
+    store = Flaky()
+    beat = Heartbeat(store, 0, 1)
+    time.sleep(1.0)
+    beat.stop()
+    assert store.sets > 6
