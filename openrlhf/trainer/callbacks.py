@@ -243,7 +243,7 @@ class Checkpointing(Callback):
     def on_start(self, trainer: Any) -> None:
         """Stop before the first step if the disk has no room for what is going to be saved."""
         every = self._config.save_steps
-        if every <= 0:
+        if not self._config.saves_at_steps:
             return
         checkpoint, export = self.sizes(trainer)
         size = checkpoint * (not self._config.disable_ds_ckpt) + export * self._config.save_hf_ckpt

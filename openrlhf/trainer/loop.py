@@ -53,7 +53,8 @@ class StepOutput(NamedTuple):
 class Position:
     """Where a run stands: the next step is step ``step`` of ``epoch``, both counted from 0.
 
-    ``evaluating``: the evaluation after the last step was begun and not finished.
+    ``evaluating``: the evaluation after the last step was begun and not finished. ``consumed_samples`` tells whoever
+    reads a checkpoint how many rows the run has learned from.
     """
 
     epoch: int = 0
@@ -235,13 +236,11 @@ class Trainer:
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, Any]:
-        """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
+        """Return what a position means nothing without, beside the flags: the data and its number of steps."""
         return {
             "rows": len(self.train_data),
             "data": self._fingerprint,
             "steps_per_epoch": self.steps_per_epoch,
-            "train_batch_size": self.batch.train_batch_size,
-            "seed": self.batch.seed,
         }
 
     @cached_property

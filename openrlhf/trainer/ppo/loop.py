@@ -182,7 +182,7 @@ class PPOLoop:
                 if self.roles.shared:
                     self.roles.critic.get(futures)
             pending.append(("critic", self.roles.critic, futures))
-        if step > self.config.algorithm.freezing_actor_steps:
+        if step > self.config.algorithm.freezing_actor_steps or not self.roles.critic:
             with self._naming("actor", experiences):
                 futures = self.roles.policy.run(
                     PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
@@ -243,16 +243,7 @@ class PPOLoop:
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, Any]:
-        rollout, batch = self.config.rollout, self.config.batch
-        return {
-            "rows": len(self.prompts),
-            "data": self._fingerprint,
-            "steps_per_epoch": self.steps_per_epoch,
-            "rollout_batch_size": rollout.rollout_batch_size,
-            "n_samples_per_prompt": rollout.n_samples_per_prompt,
-            "train_batch_size": batch.train_batch_size,
-            "seed": batch.seed,
-        }
+        return {"rows": len(self.prompts), "data": self._fingerprint, "steps_per_epoch": self.steps_per_epoch}
 
     @cached_property
     def _fingerprint(self) -> str:

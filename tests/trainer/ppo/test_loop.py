@@ -92,6 +92,12 @@ def test_the_actor_waits_while_it_is_frozen(tmp_path):
     assert second["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_without_a_critic_nothing_is_frozen(tmp_path):
+    loop, recorder = local_loop(with_algorithm(tiny_ppo_config(tmp_path), freezing_actor_steps=5), prompts=8)
+    loop.fit()
+    assert ["policy_loss" in step for step in recorder.steps] == [True]
+
+
 def test_evaluation_before_and_after_leaves_figures_and_samples(tmp_path):
     config = tiny_ppo_config(tmp_path)
     evaluation = EvalConfig(eval_temperature=(1.0, 0.0), eval_reward_func=reward_file(tmp_path))
