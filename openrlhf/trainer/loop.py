@@ -2,7 +2,7 @@
 
 One optimizer step reads a list of micro-batches a rank. Their weights (loss tokens, pairs) are added over the step and
 over all ranks before the first backward, and every loss is a sum divided by that number: the gradient does not depend
-on how the batch was cut. What happens between steps (progress, logs, evaluation, checkpoints) is in ``callbacks.py``.
+on how the batch was cut. What happens between steps (progress, logs, evaluation, checkpoints) is for callbacks.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer import loop as loop_file
 from openrlhf.trainer.alarms import Alarms, loss_alarms
-from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation
+from openrlhf.trainer.callbacks import Callback, Evaluation
+from openrlhf.trainer.checkpointing import Checkpointing
 from openrlhf.trainer.loop import StepOutput, Trainer, total_steps
 
 
