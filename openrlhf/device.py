@@ -17,6 +17,11 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def gpu_present() -> bool:
+    """Return whether this machine shows a GPU driver; asked where torch may not be imported yet."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
 def backend() -> str:
     """Return the torch.distributed backend of this machine: ``"nccl"`` or ``"gloo"``."""
     return "nccl" if device_type() == "cuda" else "gloo"

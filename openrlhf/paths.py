@@ -15,6 +15,8 @@ LONGEST = 255
 def inside(root: Path, name: Any, where: str) -> Path:
     """Return ``root / name`` when ``name`` names something in the folder ``root``, after links are followed.
 
+    A link may lead to a file of the hub's cache: the hub's client fills folders with such links.
+
     ``where`` says in messages what the name stands in.
 
     Raises:
@@ -25,7 +27,8 @@ def inside(root: Path, name: Any, where: str) -> Path:
     # A name that climbs out and comes back in would depend on what lies around the folder.
     plain = not Path(name).is_absolute() and ".." not in Path(name).parts
     try:
-        contained = plain and (root / name).resolve().is_relative_to(_boundary(root.resolve()))
+        target = (root / name).resolve()
+        contained = plain and (target.is_relative_to(_boundary(root.resolve())) or _is_cached(target))
     except (OSError, RuntimeError) as error:
         raise DataError(f"{where}: {_excerpt(name)} cannot be followed: {type(error).__name__}") from error
     if not contained:
@@ -47,6 +50,11 @@ def _boundary(root: Path) -> Path:
     """
     in_cache = root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
     return root.parent.parent if in_cache else root
+
+
+def _is_cached(path: Path) -> bool:
+    """Return whether ``path`` is where the hub's cache keeps a file: ``models--x/blobs/<hash>``."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--"))
 
 
 def _excerpt(name: Any, width: int = 80) -> str:

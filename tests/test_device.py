@@ -22,6 +22,12 @@ def test_device_and_backend_fit_together():
     assert device.current_device().type == device.device_type()
 
 
+def test_looking_for_a_gpu_imports_no_torch():
+    program = "import sys; from openrlhf import device; print(device.gpu_present(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(device.gpu_present()), "False"]
+
+
 def test_each_process_gets_its_share_of_the_cores_and_waits_passively():
     cores = device.cores()
     assert device.thread_environment(1)["OMP_NUM_THREADS"] == str(cores)

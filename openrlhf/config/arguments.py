@@ -13,12 +13,13 @@ from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from openrlhf.config.flag_status import gpu_present, missing_packages, no_effect_notices, not_yet_problems
+from openrlhf.config.flag_status import missing_packages, no_effect_notices, not_yet_problems
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
 from openrlhf.config.reader import Reader
 from openrlhf.config.secrets import masked
+from openrlhf.device import gpu_present
 from openrlhf.errors import UsageError
 
 Problems = Callable[[Any], list[str]]

@@ -6,7 +6,6 @@ NO_EFFECT_HERE flags are accepted and explained in one printed line.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -109,7 +108,11 @@ NO_EFFECT_HERE = {
         "it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3
     ),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
-    "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),
+    "zpg": NoEffect(
+        "a secondary partition needs --zero_stage 3 and several GPUs",
+        lambda values, gpu: values["zpg"] > 1 and (not gpu or values["zero_stage"] != 3),
+    ),
+    "overlap_comm": NoEffect("it needs --zero_stage 2 or 3", lambda values, gpu: values["zero_stage"] < 2),
     "lora_alpha": NoEffect("it needs --lora_rank", _without_lora),
     "lora_dropout": NoEffect("it needs --lora_rank", _without_lora),
     "target_modules": NoEffect("it needs --lora_rank", _without_lora),
@@ -129,7 +132,7 @@ NO_EFFECT_HERE = {
     "use_tensorboard": NoEffect("--use_wandb takes its place", _set("use_wandb")),
     **dict.fromkeys(("wandb_org", "wandb_group", "wandb_project", "wandb_run_name"), _WANDB),
     **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
-    "critic_num_gpus_per_node": _CRITIC,
+    **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
@@ -158,11 +161,6 @@ def status(name: str) -> str:
     if name in NO_EFFECT_HERE:
         return f"May have no effect: {NO_EFFECT_HERE[name].why}."
     return ""
-
-
-def gpu_present() -> bool:
-    """Whether this machine shows a GPU driver; asked before torch may be imported."""
-    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def missing_packages(values: dict[str, Any]) -> list[str]:

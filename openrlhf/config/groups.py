@@ -16,9 +16,9 @@ from openrlhf.config.checks import (
     source_problems,
     template_problems,
 )
-from openrlhf.config.flag_status import gpu_present
 from openrlhf.config.flags import flag
 from openrlhf.config.secrets import literal_key
+from openrlhf.device import gpu_present
 
 # The schedules of transformers.get_scheduler that need nothing but warm-up and total steps; the minimum of
 # cosine_with_min_lr is a tenth of the peak.
@@ -103,14 +103,9 @@ class DeepSpeedConfig:
 
     def problems(self) -> list[str]:
         """Return the combinations that DeepSpeed would refuse later, or treat in silence as another."""
-        found = []
-        if self.overlap_comm and self.zero_stage < 2:
-            found.append(f"--overlap_comm needs --zero_stage 2 or 3, not {self.zero_stage}")
         if self.adam_offload and self.zero_stage == 0 and gpu_present():
-            found.append("--adam_offload needs --zero_stage 1, 2 or 3, not 0")
-        if self.zpg > 1 and self.zero_stage != 3:
-            found.append(f"--zpg {self.zpg} needs --zero_stage 3, not {self.zero_stage}")
-        return found
+            return ["--adam_offload needs --zero_stage 1, 2 or 3, not 0"]
+        return []
 
     def dtype_problems(self, bf16: bool) -> list[str]:
         """Return what is wrong with ``--grad_accum_dtype`` for weights of that type."""
@@ -222,12 +217,19 @@ class CheckpointConfig:
     use_ds_universal_ckpt: bool = flag(False, "Resume a checkpoint of another number of ranks or ZeRO stage.")
 
     def problems(self) -> list[str]:
-        found = []
-        if self.save_steps == 0:
-            found.append("--save_steps 0 is not a cadence: use -1 for never, or a positive number")
-        if self.disable_ds_ckpt and self.save_steps > 0 and not self.save_hf_ckpt:
-            found.append("--disable_ds_ckpt leaves nothing to write at --save_steps: add --save_hf_ckpt")
-        return found
+        if self.save_steps:
+            return []
+        return ["--save_steps 0 is not a cadence: use -1 for never, or a positive number"]
+
+    def notices(self) -> list[str]:
+        if self.saves_at_steps or self.save_steps < 1:
+            return []
+        return ["--save_steps has no effect here: --disable_ds_ckpt leaves --save_hf_ckpt, which is not given"]
+
+    @property
+    def saves_at_steps(self) -> bool:
+        """Whether there is anything to write every ``save_steps`` steps."""
+        return self.save_steps > 0 and (self.save_hf_ckpt or not self.disable_ds_ckpt)
 
 
 @dataclass(frozen=True)

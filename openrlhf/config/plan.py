@@ -116,7 +116,7 @@ def _files(config: Any) -> list[str]:
     every = f"every {_count(checkpoint.save_steps, 'step')} in {checkpoint.ckpt_path}"
     return [
         f"model in {checkpoint.save_path}, figures and report in {config.logging.run_path}",
-        f"checkpoints: {every if checkpoint.save_steps > 0 else seldom}",
+        f"checkpoints: {every if checkpoint.saves_at_steps else seldom}",
     ]
 
 

@@ -95,7 +95,14 @@ class RolloutConfig:
     @property
     def max_model_len(self) -> int:
         """Tokens that a generation engine must have room for."""
-        return self.max_len or self.prompt_max_len + self.generate_max_len
+        if self.max_len and not self.leaves_no_room:
+            return self.max_len
+        return self.prompt_max_len + self.generate_max_len
+
+    @property
+    def leaves_no_room(self) -> bool:
+        """Whether ``max_len`` would leave no room for an answer after the longest prompt; then it is not used."""
+        return self.max_len is not None and self.max_len <= self.prompt_max_len
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,11 @@ class AlgorithmConfig:
     def estimator(self) -> Estimator:
         """The facts of the advantage estimator."""
         return ESTIMATORS[self.advantage_estimator]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the run looks at a reference model at all."""
+        return self.init_kl_coef > 0 or self.kl_target is not None
 
     def problems(self) -> list[str]:
         if self.kl_target is None or self.init_kl_coef > 0:
@@ -295,11 +307,6 @@ class PPOConfig:
                 f"--advantage_estimator {name} compares answers to one prompt: "
                 f"--n_samples_per_prompt must be above 1, it is {samples}"
             )
-        if estimator.freezing_actor_steps > 0 and not estimator.estimator.needs_critic:
-            found.append(
-                f"--freezing_actor_steps trains only the critic, and {estimator.advantage_estimator} has none: "
-                "leave it out, or use --advantage_estimator gae"
-            )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
         if self.checkpoint.use_ds_universal_ckpt:
@@ -309,16 +316,17 @@ class PPOConfig:
             )
         if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:
             found.append("--zero_stage 3 cannot generate with the policy: set --vllm_num_engines, or use stage 2")
-        if self.rollout.max_len and self.rollout.max_len <= self.rollout.prompt_max_len:
-            found.append(
-                f"--max_len {self.rollout.max_len} leaves no room for an answer after --prompt_max_len "
-                f"{self.rollout.prompt_max_len}: raise the first or lower the second"
-            )
         return found
 
     def notices(self) -> list[str]:
         samples, step = self.rollout.samples, self.batch.train_batch_size
         found = []
+        if self.rollout.leaves_no_room:
+            found.append(
+                f"--max_len has no effect here: {self.rollout.max_len} leaves no room for an answer after "
+                f"--prompt_max_len {self.rollout.prompt_max_len}; both together take up to "
+                f"{self.rollout.max_model_len} tokens"
+            )
         if samples < step:
             found.append(
                 f"--train_batch_size {step} is more than the {samples} answers of a rollout: a step takes all"

@@ -9,12 +9,17 @@ from typing import Any
 
 MASK = "***"
 SECRET_VARIABLE = re.compile(r"(^|_)(KEYS?|APIKEY|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
+COUNT_OF_TOKENS = re.compile(
+    r"(?<![A-Z])(MAX|MIN|NUM|N|TOTAL)_((NUM|NEW|BATCHED|INPUT|OUTPUT|PROMPT|PREFILL|MODEL)_)*TOKENS(?=_|$)"
+)
+LOGGED_IN = ("true", "1", "yes", "on", "online")
+"""What ``--use_wandb`` says instead of a key, in any case."""
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def literal_key(use_wandb: str | None) -> str:
     """Return the key that ``--use_wandb`` holds itself, ``""`` when it says where the key is."""
-    if not use_wandb or use_wandb.lower() == "true" or os.path.isfile(use_wandb):
+    if not use_wandb or use_wandb.lower() in LOGGED_IN or os.path.isfile(use_wandb):
         return ""
     return use_wandb
 
@@ -49,4 +54,4 @@ def hide_in_argv(key: str) -> None:
 
 def is_secret(variable: str) -> bool:
     """Return whether an environment variable of this name holds something secret."""
-    return SECRET_VARIABLE.search(variable.upper()) is not None
+    return SECRET_VARIABLE.search(COUNT_OF_TOKENS.sub("", variable.upper())) is not None

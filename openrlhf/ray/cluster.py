@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from openrlhf import device
@@ -14,6 +14,7 @@ from openrlhf.config.secrets import is_secret
 from openrlhf.errors import InfraError
 from openrlhf.strategy import signals
 
+LOG = logging.getLogger(__name__)
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
 PASSED_ON_PREFIXES = ("RAY_EXPERIMENTAL_NOSET_", "VLLM_", "NCCL_", "GLOO_")
 NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -54,7 +55,16 @@ def connect(slots: int) -> str:
         # While Ray starts, its own handler answers SIGTERM.
         signals.ask("SIGTERM")
         raise KeyboardInterrupt from error
-    return "GPU" if ray.cluster_resources().get("GPU", 0) > 0 else "CPU"
+    return _slot(ray.cluster_resources(), slots)
+
+
+def _slot(resources: Mapping[str, float], slots: int) -> str:
+    """Return what a device slot is in a cluster of ``resources``; say so where it is not a GPU."""
+    if resources.get("GPU", 0) > 0:
+        return "GPU"
+    hint = "; this machine has one: RAY_ADDRESS=local starts a cluster that uses it" if device.gpu_present() else ""
+    LOG.warning("the Ray cluster has no GPU: the %d device slots of this run are CPU cores%s", slots, hint)
+    return "CPU"
 
 
 def disconnect() -> None:

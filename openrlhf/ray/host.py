@@ -6,8 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -52,6 +53,7 @@ def build_worker(worker_class: Callable, config: Any, kwargs: dict[str, Any]) ->
     return worker_class(config, strategy, **kwargs)
 
 
+HEADWAY_BYTES = 8 * 2**20
 DRIVER = "the driver"
 """Who asks a worker to stop."""
 
@@ -60,26 +62,39 @@ class Sign(NamedTuple):
     """A sign of life: the process, and while it works on a call something that changes as long as there is headway."""
 
     pid: int
-    headway: tuple[int, float] | None
+    headway: tuple[int, Any] | None
+
+
+def work_done(clock: int) -> tuple[float, int]:
+    """Return the processor seconds of a thread, by its ``clock``, and what this process has read and written.
+
+    Bytes count in steps of ``HEADWAY_BYTES``, so that answering pings is no headway.
+    """
+    moved = 0
+    with suppress(OSError):
+        counters = dict(line.split(b": ") for line in Path("/proc/self/io").read_bytes().splitlines())
+        moved = int(counters[b"rchar"]) + int(counters[b"wchar"])
+    return time.clock_gettime(clock), moved // HEADWAY_BYTES
 
 
 class Pulse:
     """Shows other threads of an actor whether the thread that answers its calls still gets anywhere.
 
-    The measure is the processor time of that thread: it stands still where the thread waits for something that does
-    not come. (A collective that spins instead ends by its own timeout.)
+    The measure is the processor time of that thread, and the bytes that the process reads and writes, because other
+    threads may fetch a model meanwhile: both stand still where the thread waits for something that does not come. (A
+    collective that spins instead ends by its own timeout.)
     """
 
     def __init__(self) -> None:
         self._calls = 0
-        self._progress: Callable[[], float] | None = None
+        self._progress: Callable[[], Any] | None = None
 
     @contextmanager
-    def during_call(self, progress: Callable[[], float] | None = None) -> Iterator[None]:
+    def during_call(self, progress: Callable[[], Any] | None = None) -> Iterator[None]:
         """Show headway while the block runs: ``progress`` where it is given."""
         self._calls += 1
         clock = time.pthread_getcpuclockid(threading.get_ident())
-        self._progress = progress or partial(time.clock_gettime, clock)
+        self._progress = progress or partial(work_done, clock)
         try:
             yield
         finally:

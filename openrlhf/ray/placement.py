@@ -171,7 +171,7 @@ def _roles(config: PPOConfig) -> tuple[Role, ...]:
     flags, algorithm = config.placement, config.algorithm
     has_critic = algorithm.estimator.needs_critic
     roles = [Role("actor", flags.actor_num_nodes, flags.actor_num_gpus_per_node, "actor")]
-    if algorithm.init_kl_coef > 0 or algorithm.kl_target:
+    if algorithm.needs_reference:
         shared = flags.colocate_actor_ref or flags.colocate_all_models
         roles.append(Role("ref", flags.ref_num_nodes, flags.ref_num_gpus_per_node, "actor" if shared else "ref"))
     with_critic = flags.colocate_critic_reward and has_critic

@@ -60,8 +60,7 @@ class CheckpointManager:
 
     ``layout`` is what the files depend on (`DeepSpeedStrategy.layout`), ``flags`` what the training depends on
     (`training_flags`): a checkpoint with others is refused unless the configuration allows it. ``say`` prints one line
-    on rank 0. ``wait_s`` is how long, in seconds, ranks wait for rank 0's work on the disk, which may take longer than
-    any collective.
+    on rank 0.
     """
 
     def __init__(
@@ -72,14 +71,13 @@ class CheckpointManager:
         layout: Mapping[str, Any] | None = None,
         flags: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
-        wait_s: float = 3600.0,
     ):
         self.config = config
         self.comm = comm
         self.root = Path(config.ckpt_path)
         self.layout = json.loads(json.dumps(dict(layout or {})))
         self.flags = dict(flags or {})
-        self._disk = SharedDisk(self.root, comm, wait_s)
+        self._disk = SharedDisk(self.root, comm)
         self.say = say if comm.rank == 0 else lambda line: None
 
     def start(self) -> Checkpoint | None:
@@ -244,7 +242,7 @@ class CheckpointManager:
 
         self._disk.on_main(convert, f"convert {source} in", staging)
         loader(staging / source.name)
-        self.comm.barrier(f"load {staging}", self._disk.wait_s)
+        self._disk.wait(f"load {staging}")
         self._disk.on_main(lambda: files.remove(staging), "clean up")
 
     def _candidates(self) -> list[str]:
@@ -277,7 +275,7 @@ class CheckpointManager:
             problem = f"its manifest is of step {manifest['step']}"
         if problem is None:
             problem = manifests.first_damage(path, manifest["files"], self.comm.rank, self.comm.world_size)
-            self.comm.barrier(f"verify {path.name}", self._disk.wait_s)
+            self._disk.wait(f"verify {path.name}")
             problem = next((found for found in self.comm.all_gather_object(problem) if found), None)
         return manifest, problem
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from openrlhf.errors import InfraError, UsageError
+from openrlhf.strategy.barrier import Barriers
 from openrlhf.strategy.heartbeat import Heartbeat
 
 OPERATIONS = ("sum", "max", "mean")
@@ -37,7 +38,9 @@ class Comm(Protocol):
         """Return the ``value`` of rank ``src``."""
 
     def barrier(self, label: str, timeout_s: float | None = None) -> None:
-        """Wait for all ranks. Raises ``InfraError`` that names ``label`` when one is missing after ``timeout_s``."""
+        """Wait for all ranks. Raises ``InfraError`` that names ``label`` when one is missing after ``timeout_s``, or
+        is gone before.
+        """
 
     def waiting(self, what: str, timeout_s: float | None = None) -> AbstractContextManager:
         """Return the context of a library's collectives: ``timeout_s`` is their deadline, and a failure becomes an
@@ -98,9 +101,9 @@ class TorchComm:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._store = dist.PrefixStore(f"openrlhf/{TorchComm._made}", _get_default_store())
-        self._barriers = 0
-        self._heartbeat = Heartbeat(self._store, self.rank, self.world_size)
+        store = dist.PrefixStore(f"openrlhf/{TorchComm._made}", _get_default_store())
+        self._heartbeat = Heartbeat(store, self.rank, self.world_size)
+        self._barriers = Barriers(store, self._heartbeat)
         TorchComm._made += 1
 
     def all_reduce(self, value: torch.Tensor | float, op: str = "sum") -> torch.Tensor | float:
@@ -130,27 +133,8 @@ class TorchComm:
         return box[0]
 
     def barrier(self, label: str, timeout_s: float | None = None) -> None:
-        """Wait for all ranks, ``timeout_s`` seconds at most. Raises ``InfraError`` that names the missing ranks."""
-        limit = timeout_s or self.timeout_s
-        keys = [f"{self._barriers}/{rank}" for rank in range(self.world_size)]
-        self._store.set(keys[self.rank], label)
-        try:
-            self._store.wait(keys, timedelta(seconds=limit))
-        except dist.DistError as error:
-            raise InfraError(
-                f"rank {self.rank} waited {limit:g} s at the barrier {label!r} for {self._absent(keys)} of "
-                f"{self.world_size} (--collective_timeout)"
-            ) from error
-        # Everyone has passed the barrier before this one.
-        self._store.delete_key(f"{self._barriers - 1}/{self.rank}")
-        self._barriers += 1
-
-    def _absent(self, keys: list[str]) -> str:
-        """Return which ranks have not set their key; rank 0 holds the store, so without it nobody can be asked."""
-        try:
-            return f"ranks {[rank for rank, key in enumerate(keys) if not self._store.check([key])]}"
-        except dist.DistError:
-            return "rank 0, which is gone,"
+        """Wait for all ranks, ``timeout_s`` seconds at most; see :meth:`Barriers.wait`."""
+        self._barriers.wait(label, timeout_s or self.timeout_s)
 
     @contextmanager
     def waiting(self, what: str, timeout_s: float | None = None) -> Iterator[None]:

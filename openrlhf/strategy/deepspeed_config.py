@@ -23,17 +23,18 @@ def train_config(
     by them. ``max_norm`` 0 switches clipping off (DeepSpeed's own default is 1). ``offload`` keeps the optimizer in
     host memory. ``param_persistence_threshold`` is the size in elements under which ZeRO-3 does not shard a parameter.
     """
+    overlap = config.overlap_comm and config.zero_stage >= 2
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "offload_param": {"device": "none"},
         "offload_optimizer": {"device": "cpu", "pin_memory": True} if offload else {"device": "none"},
-        "zero_hpz_partition_size": config.zpg,
+        "zero_hpz_partition_size": config.zpg if config.zero_stage == 3 else 1,
         "zero_quantized_weights": False,
         "zero_quantized_gradients": False,
         # Left to DeepSpeed, stage 3 overlaps by default; unmanaged accumulation forbids it below stage 2.
-        "overlap_comm": bool(config.overlap_comm),
+        "overlap_comm": overlap,
     }
-    if config.overlap_comm:
+    if overlap:
         zero["contiguous_gradients"] = True
     if config.zero_stage == 3:
         zero["reduce_scatter"] = True

@@ -17,15 +17,12 @@ from torch import nn
 
 from openrlhf.errors import DataError, NumericError
 from openrlhf.strategy.deferred import write_after
+from openrlhf.strategy.disk import DISK_S
 from openrlhf.strategy.universal import reading_universal
 from openrlhf.strategy.unpickling import tensors_only
 
 if TYPE_CHECKING:
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
-
-DISK_S = 3600.0
-"""How long ranks wait for one that writes or reads a checkpoint."""
-
 
 HYPERPARAMETERS = ("betas", "weight_decay")
 

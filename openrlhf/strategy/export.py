@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from openrlhf.errors import InfraError
 from openrlhf.models.backbone import quiet
 from openrlhf.strategy import files
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.disk import SharedDisk
 from openrlhf.strategy.engine import TrainEngine, named_weights
 
 MAX_SHARD_SIZE = "5GB"
-WAIT_S = 3600.0
 
 
 def unwrap(source: TrainEngine | nn.Module) -> tuple[nn.Module, Callable[[str], str]]:
@@ -45,15 +44,11 @@ def export_model(
     model, name_in_file = unwrap(source)
     weights = named_weights(model, strategy, wanted=strategy.rank == 0)
     state = {name_in_file(name): tensor for name, tensor in weights}
-    problem = _write(model, state, path, tokenizer) if strategy.rank == 0 else None
-    strategy.comm.barrier(f"export to {path}", WAIT_S)
-    problem = strategy.comm.broadcast_object(problem)
-    if problem:
-        raise InfraError(f"cannot export the model to {path}: {problem}")
+    SharedDisk(path, strategy.comm).on_main(lambda: _write(model, state, path, tokenizer), "export the model to")
 
 
-def _write(model: nn.Module, state: dict[str, torch.Tensor], path: Path, tokenizer: Any) -> str | None:
-    """Write beside, or inside an existing ``path``, then put into place; return what went wrong."""
+def _write(model: nn.Module, state: dict[str, torch.Tensor], path: Path, tokenizer: Any) -> None:
+    """Write beside, or inside an existing ``path``, then put into place. Raises ``OSError``, ``RuntimeError``."""
     staging = path / ".export.tmp" if path.is_dir() else path.with_name(path.name + ".part")
     try:
         if staging.exists():
@@ -64,11 +59,13 @@ def _write(model: nn.Module, state: dict[str, torch.Tensor], path: Path, tokeniz
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         files.publish_model(staging, path)
-    # safetensors reports a full disk by an error class of its own, which is a plain Exception.
-    except (OSError, RuntimeError, _safetensors_error()) as error:
+    except (OSError, RuntimeError):
         shutil.rmtree(staging, ignore_errors=True)
-        return str(error)
-    return None
+        raise
+    except _safetensors_error() as error:
+        # A full disk, reported by an error class of its own, which is a plain Exception.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(str(error)) from error
 
 
 def _same(name: str) -> str:

@@ -88,9 +88,9 @@ def publish_folder(staging: Path, target: Path) -> None:
     that is done.
     """
     old = target.with_name(target.name + ".old")
-    if old.exists():
-        remove(old)
     if target.exists():
+        if old.exists():
+            remove(old)
         target.rename(old)
     staging.rename(target)
     fsync(target.parent)

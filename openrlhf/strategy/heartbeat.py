@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
 EVERY_S = 1.0
 LISTEN_S = 2.5
 """How long a rank listens for the others before it calls them silent."""
+SILENT_S = 300.0
+"""After how long a rank that others wait for is given up although nobody saw it end.
+
+A library that writes a large file may keep every thread of its process waiting, the one that gives the signs too.
+"""
 GIVEN_UP = "given up"
+WHY_SILENT = "(killed, stopped, or its machine is gone)"
 
 
 class Heartbeat:
@@ -23,7 +33,9 @@ class Heartbeat:
         self.rank, self.world_size = rank, world_size
         self._store = store.clone()
         self._beats, self._calls, self._where = 0, 0, "the start"
+        self._heard: dict[int, tuple[int, float]] = {}
         self._stopped = threading.Event()
+        self._store.set(f"process/{rank}", f"{here()} {os.getpid()}")
         self._write()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -47,6 +59,30 @@ class Heartbeat:
         asking.join(LISTEN_S + 0.5)
         return answer[0] if answer else "rank 0, where the ranks meet, does not answer: it has stopped"
 
+    def gone(self, ranks: Sequence[int]) -> str:
+        """Say which of ``ranks``, which keep this one waiting, do not come any more; ``""`` while all may.
+
+        Asked again and again: on this machine a rank that falls silent is gone with its process, on another one after
+        ``SILENT_S`` seconds.
+        """
+        now, found = time.monotonic(), []
+        try:
+            beats = self._read()
+            for rank in ranks:
+                before, since = self._heard.get(rank, (-1, now))
+                self._heard[rank] = (beats[rank][0], since if beats[rank][0] == before else now)
+                silence = now - self._heard[rank][1]
+                if silence >= SILENT_S or (silence >= LISTEN_S and self._has_ended(rank)):
+                    found.append(rank)
+        except (dist.DistError, RuntimeError):
+            return "rank 0, where the ranks meet, is gone"
+        return f"{_named(found)}: no sign of life {WHY_SILENT}" if found else ""
+
+    def _has_ended(self, rank: int) -> bool:
+        """Return whether the process of ``rank`` was on this machine and is no more."""
+        machine, _, process = self._store.get(f"process/{rank}").decode().rpartition(" ")
+        return bool(machine) and machine == here() and not _runs(int(process))
+
     def _ask(self, own_calls: int) -> str:
         try:
             before = self._read()
@@ -57,7 +93,7 @@ class Heartbeat:
         left = {rank for rank, (_, _, where) in after.items() if where == GIVEN_UP}
         silent = [rank for rank in after if after[rank] == before[rank] and rank not in left | {self.rank}]
         if silent:
-            return f"{_named(silent)}: no sign of life for {LISTEN_S:g} s (killed, stopped, or its machine is gone)"
+            return f"{_named(silent)}: no sign of life for {LISTEN_S:g} s {WHY_SILENT}"
         behind = {rank: where for rank, (_, calls, where) in after.items() if calls < own_calls and rank not in left}
         if behind:
             return "; ".join(
@@ -67,10 +103,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stopped.wait(EVERY_S):
-            try:
+            with suppress(dist.DistError, RuntimeError):
                 self._write()
-            except (dist.DistError, RuntimeError):
-                return
 
     def _write(self) -> None:
         self._beats += 1
@@ -84,6 +118,24 @@ class Heartbeat:
             beats, calls, where = text.split("|", 2)
             found[rank] = (int(beats), int(calls), where)
         return found
+
+
+def here() -> str:
+    """Return a name of this machine, as far as process numbers mean the same; ``""`` where there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def _runs(process: int) -> bool:
+    """Return whether there is a process of that number that has not ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
 
 
 def _named(ranks: list[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from openrlhf.strategy import files as disk
+from openrlhf.strategy import files
 
 FORMAT = "openrlhf-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -23,8 +23,8 @@ def describe(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Bring files to the disk and return the size in bytes and the SHA-256 of each."""
     entries = {}
     for name in names:
-        disk.fsync(root / name)
-        entries[name] = {"size": (root / name).stat().st_size, "sha256": disk.sha256(root / name)}
+        files.fsync(root / name)
+        entries[name] = {"size": (root / name).stat().st_size, "sha256": files.sha256(root / name)}
     return entries
 
 
@@ -34,7 +34,7 @@ def write(root: Path, body: dict[str, Any]) -> None:
     ``body`` holds step, layout, flags, state, score, and ``files`` as `describe` returns them.
     """
     body = json.loads(json.dumps({"format": FORMAT, **body}))
-    disk.write_durably(root / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
+    files.write_durably(root / MANIFEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
 
 
 def read(root: Path) -> tuple[dict[str, Any], str | None]:
@@ -76,7 +76,7 @@ def _damage(root: Path, name: str, entry: dict[str, Any]) -> str | None:
         return f"{name} is missing"
     if path.stat().st_size != entry["size"]:
         return f"{name} has {path.stat().st_size} bytes, not {entry['size']}"
-    return None if disk.sha256(path) == entry["sha256"] else f"{name} does not match its hash"
+    return None if files.sha256(path) == entry["sha256"] else f"{name} does not match its hash"
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 ASKED_BY = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST_S = 1.0
 DEAF_S = 10.0
-"""How long a start-up may wait in a library, deaf to signals, before it is ended from another thread."""
+"""How long the program may wait in a library, deaf to signals, before another thread answers for it.
+
+A start-up is ended then. Later, in a reward function or while a checkpoint is read, a step would be lost with it.
+"""
 INNER_LAUNCHER, OUTER_LAUNCHERS = "deepspeed.launcher.launch", ("deepspeed", "deepspeed.launcher.runner")
 ELSEWHERE = "a signal to another rank"
 INTERRUPT, DROP, HOLD = "interrupt", "drop", "hold"
@@ -43,6 +46,7 @@ class _State:
         self.received: str | None = None
         self.answered = False
         self.place = INTERRUPT
+        self.may_lose = False
         self.installed = False
 
 
@@ -99,9 +103,10 @@ def check() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Only remember signals inside; the block itself asks whether one came."""
+    """Only remember signals inside; the block itself asks whether one came. The start-up ends with the first one."""
     if _state.installed and not is_installed():
         install()
+    _state.may_lose = True
     with _at(HOLD):
         yield
 
@@ -142,7 +147,7 @@ def _on_signal(number: int, _: object) -> None:
 
 def _listen(pipe: int, terminal: int) -> None:
     """Hear signals even while the main thread waits in a library, and end the process when it must."""
-    first = None
+    first, told = None, False
     while True:
         heard, _, _ = select.select([pipe], [], [], 1.0)
         now = time.monotonic()
@@ -151,17 +156,24 @@ def _listen(pipe: int, terminal: int) -> None:
                 _leave(terminal, "asked to stop once more: leaving at once; the last whole checkpoint stays as it is")
             first = first or now
         deaf = first is not None and not _state.answered and _state.place == INTERRUPT
-        if deaf and now - first > DEAF_S:
-            _leave(terminal, "stopped before the first step; nothing was trained")
+        if deaf and now - first > DEAF_S and not told:
+            told = True
+            if not _state.may_lose:
+                _leave(terminal, "stopped before the first step; nothing was trained")
+            _say(terminal, "asked to stop: waiting for a call that does not return; ask once more to leave at once")
 
 
 def _leave(terminal: int, why: str) -> NoReturn:
-    os.write(terminal, f"{why}\n".encode())
+    _say(terminal, why)
     # A Ray that this process started would notice in its own time only.
     for process in _descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     os._exit(Preempted.exit_code)
+
+
+def _say(terminal: int, line: str) -> None:
+    os.write(terminal, f"{line}\n".encode())
 
 
 def _descendants(ancestor: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 One optimizer step reads a list of micro-batches a rank. Their weights (loss tokens, pairs) are added over the step and
 over all ranks before the first backward, and every loss is a sum divided by that number: the gradient does not depend
-on how the batch was cut. What happens between steps (progress, logs, evaluation, checkpoints) is in ``callbacks.py``.
+on how the batch was cut. What happens between steps (progress, logs, evaluation, checkpoints) is for callbacks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from openrlhf.datasets.sampler import StepSampler
 from openrlhf.errors import DataError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+from openrlhf.strategy.rng import rewound_when_stopped
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.finite import StepGuard
@@ -52,7 +53,8 @@ class StepOutput(NamedTuple):
 class Position:
     """Where a run stands: the next step is step ``step`` of ``epoch``, both counted from 0.
 
-    ``evaluating``: the evaluation after the last step was begun and not finished.
+    ``evaluating``: the evaluation after the last step was begun and not finished. ``consumed_samples`` tells whoever
+    reads a checkpoint how many rows the run has learned from.
     """
 
     epoch: int = 0
@@ -148,6 +150,11 @@ class Trainer:
         """The epoch, counted from 1, of the step that was done last."""
         return max(0, self.global_step - 1) // self.steps_per_epoch + 1
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether the evaluation after the last step was begun and not finished."""
+        return self.position.evaluating
+
     @final
     def fit(self) -> None:
         """Train from the present position, which a checkpoint may have set, to the end of the last epoch.
@@ -159,7 +166,7 @@ class Trainer:
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.engine.train()
-            if self.position.evaluating:
+            if self.evaluating:
                 self.evaluate()
             for epoch in range(self.position.epoch, self.batch.max_epochs):
                 for rows in self.sampler.epoch(epoch, start_step=self.position.step):
@@ -224,17 +231,16 @@ class Trainer:
         """
         check_position(state["data"], self._data_facts(), "--dataset", allow_change)
         self.position = Position(**state["position"])
+        self.position.evaluating &= bool(len(self.eval_data))
         self.window.load_state_dict(state["window"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, Any]:
-        """Return what a position means nothing without: the data, how it is ordered, how it is cut into steps."""
+        """Return what a position means nothing without, beside the flags: the data and its number of steps."""
         return {
             "rows": len(self.train_data),
             "data": self._fingerprint,
             "steps_per_epoch": self.steps_per_epoch,
-            "train_batch_size": self.batch.train_batch_size,
-            "seed": self.batch.seed,
         }
 
     @cached_property
@@ -257,13 +263,9 @@ class Trainer:
 
     def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
         """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
-        began, generators = time.perf_counter(), machine.rng_state()
-        try:
+        began = time.perf_counter()
+        with rewound_when_stopped():
             totals, losses, again = self._accumulate(rows)
-        except Preempted:
-            # The run goes on with this very step, from the random numbers that it began with.
-            machine.set_rng_state(generators)
-            raise
         tokens = totals.pop("tokens").total
         result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
         self._advance()

@@ -12,7 +12,8 @@ from openrlhf.config.continuing import training_flags
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.alarms import Alarms, loss_alarms
-from openrlhf.trainer.callbacks import Callback, Checkpointing, Evaluation, MetricLogging, ProgressLine
+from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
+from openrlhf.trainer.checkpointing import Checkpointing
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.loop import Trainer
 from openrlhf.trainer.profiling import Profiling, Recorder

@@ -75,20 +75,21 @@ def open_run(config: Any, program: str) -> Iterator[Run]:
 
 def _claim(config: CheckpointConfig, run_path: Path, held: ExitStack) -> list[str]:
     """Lock the folders of a run until ``held`` closes, and write to each; return what to tell."""
-    places = {run_path: "--run_path, --save_path"}
+    # By where they really are: this process would get the lock of one folder twice, and give it back once.
+    places = {run_path.resolve(): (run_path, "--run_path, --save_path")}
     checkpoints = Path(config.ckpt_path)
     try:
         files.probe(files.nearest_folder(Path(config.save_path)))
         if not config.disable_ds_ckpt or config.save_hf_ckpt:
             checkpoints.mkdir(parents=True, exist_ok=True)
             files.probe(checkpoints)
-            places[checkpoints] = "--ckpt_path"
+            places.setdefault(checkpoints.resolve(), (checkpoints, "--ckpt_path"))
     except OSError as error:
         raise InfraError(
             f"cannot write to --save_path {config.save_path} and --ckpt_path {checkpoints}: {error}"
         ) from error
     said = []
-    for place, flags in places.items():
+    for place, flags in places.values():
         lock = FolderLock(place, flags)
         said.append(lock.acquire())
         held.callback(lock.release)

@@ -7,10 +7,11 @@ import pytest
 from openrlhf.config.arguments import parse
 from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, no_effect_notices, status
 from openrlhf.config.flags import flag_table
-from openrlhf.config.groups import RewardModelConfig, SFTConfig
+from openrlhf.config.groups import DeepSpeedConfig, RewardModelConfig, SFTConfig
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import PPOConfig, RolloutConfig
 from openrlhf.errors import UsageError
+from openrlhf.strategy.deepspeed_config import train_config
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
@@ -121,10 +122,16 @@ NO_USE = [
     ("train_sft", "--wandb_project p"),
     ("train_sft", "--save_hf_ckpt"),
     ("train_sft", "--show_samples"),
+    ("train_sft", "--zero_stage 1 --overlap_comm"),
+    ("train_sft", "--zpg 2"),
+    ("train_sft", "--disable_ds_ckpt --save_steps 5"),
     ("train_rm", "--loss logexp --margin_loss"),
     ("train_ppo_ray", "--advantage_estimator reinforce --critic_pretrain c"),
     ("train_ppo_ray", "--advantage_estimator reinforce --lambd 0.9"),
     ("train_ppo_ray", "--enforce_eager"),
+    ("train_ppo_ray", "--advantage_estimator reinforce --freezing_actor_steps 5"),
+    ("train_ppo_ray", "--max_len 100"),
+    ("train_ppo_ray", "--disable_ds_ckpt --save_steps 5"),
     ("train_ppo_ray", "--ema_beta 0.9"),
     ("train_ppo_ray", "--label_key gold"),
     ("train_ppo_ray", "--eval_steps 5"),
@@ -139,6 +146,19 @@ def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
     parse(classes[command], [*good[command], *words.split()], command)
     idle = words.split("--")[-1].split()[0]
     assert f"note: --{idle} has no effect here" in capsys.readouterr().err
+
+
+def test_a_limit_that_leaves_no_room_for_an_answer_is_not_used():
+    assert RolloutConfig(max_len=1024).max_model_len == RolloutConfig().max_model_len == 2048
+    assert RolloutConfig(max_len=1025).max_model_len == 1025
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_never_hears_of_flags_that_its_stage_does_not_have(stage):
+    config = DeepSpeedConfig(zero_stage=stage, overlap_comm=True, zpg=2)
+    zero = train_config(config, bf16=False, max_norm=1.0, micro_batch_size=1, world_size=2)["zero_optimization"]
+    assert zero["overlap_comm"] == zero.get("contiguous_gradients", False) == (stage >= 2)
+    assert zero["zero_hpz_partition_size"] == (2 if stage == 3 else 1)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ def rows(tmp_path):
     return str(path)
 
 
+def test_the_plan_promises_no_checkpoints_where_none_are_written():
+    words = [*SFT, "--save_steps", "5", "--disable_ds_ckpt"]
+    assert "checkpoints: none" in plan(SFTConfig, words, 1)
+    assert "checkpoints: every 5 steps" in plan(SFTConfig, [*words, "--save_hf_ckpt"], 1)
+
+
 def test_steps_are_counted_in_a_local_file(rows):
     assert "50 rows: 3 steps an epoch, 6 steps in 2 epochs" in plan(SFTConfig, [*SFT, "--dataset", rows], 1)
     assert "30 rows: 2 steps an epoch" in plan(SFTConfig, [*SFT, "--dataset", rows, "--max_samples", "30"], 1)

@@ -12,6 +12,7 @@ from openrlhf.config.secrets import hide_in_argv, is_secret, masked, wandb_key
 
 KEY = "0123456789abcdef"
 SFT = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]
+COUNTS = ["VLLM_MAX_TOKENS", "VLLM_MAX_NUM_BATCHED_TOKENS", "VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE", "MAX_NEW_TOKENS"]
 
 
 def sft(*words: str) -> SFTConfig:
@@ -22,6 +23,13 @@ def test_a_key_is_given_itself_in_a_file_or_not_at_all(tmp_path):
     (tmp_path / "key").write_text(f"  {KEY}\n")
     assert wandb_key(KEY) == wandb_key(str(tmp_path / "key")) == KEY
     assert wandb_key("True") == wandb_key("true") == wandb_key(None) == ""
+
+
+@pytest.mark.parametrize("word", ["1", "yes", "YES", "on", "On", "TRUE", "online"])
+def test_a_word_that_says_yes_is_no_key(word, capsys):
+    assert wandb_key(word) == "" and masked("use_wandb", word) == word
+    sft("--use_wandb", word)
+    assert capsys.readouterr().err == ""
 
 
 def test_only_the_key_itself_is_masked_in_the_saved_configuration(tmp_path):
@@ -57,11 +65,22 @@ def test_the_copy_of_the_command_line_in_the_process_is_masked(monkeypatch):
     assert sys.argv[-1] == "1"
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PASSWORD", "my_token"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "PASSWORD",
+        "my_token",
+        "MAX_TOKENS_API_KEY",
+        "ADMIN_TOKENS",
+    ],
+)
 def test_names_of_secrets_are_known(name):
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["PATH", "TOKENIZERS_PARALLELISM", "VLLM_HOST_IP", "KEYBOARD", "MONKEY"])
+@pytest.mark.parametrize("name", ["PATH", "TOKENIZERS_PARALLELISM", "VLLM_HOST_IP", "KEYBOARD", "MONKEY", *COUNTS])
 def test_other_names_are_no_secrets(name):
     assert not is_secret(name)

@@ -214,3 +214,19 @@ def test_the_links_of_the_hub_cache_and_a_link_to_the_folder_itself_are_followed
     (tmp_path / "link").symlink_to(snapshot)
     load_causal_lm(str(snapshot), ModelConfig())
     load_causal_lm(str(tmp_path / "link"), ModelConfig())
+
+
+def test_a_folder_that_the_hub_filled_with_links_into_its_cache_loads(tmp_path):
+    blobs, folder = tmp_path / "hub" / "models--a--b" / "blobs", tmp_path / "downloaded"
+    blobs.mkdir(parents=True)
+    tiny_causal_lm(folder)
+    tiny_tokenizer(folder)
+    os.rename(folder / "model.safetensors", blobs / "5678")
+    (folder / "model.safetensors").symlink_to(blobs / "5678")
+    load_causal_lm(str(folder), ModelConfig())
+    (blobs / "inner").mkdir()
+    os.rename(blobs / "5678", blobs / "inner" / "5678")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(blobs / "inner" / "5678")
+    with pytest.raises(DataError, match="leads out of the folder"):
+        load_causal_lm(str(folder), ModelConfig())

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from openrlhf.config.groups import CheckpointConfig, DeepSpeedConfig, OptimConfig
-from openrlhf.errors import InfraError, NumericError, OpenRLHFError
+from openrlhf.errors import DataError, InfraError, NumericError, OpenRLHFError
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.disk import SharedDisk
 from openrlhf.strategy.engine import TrainEngine
 
 BETAS = (0.9, 0.95)
@@ -316,6 +317,43 @@ def full_on_one_rank(folder: str) -> tuple[str, float]:
         return f"{type(error).__name__}: {error}", time.monotonic() - began
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "no error", time.monotonic() - began
+
+
+def failing_on_main(folder: str) -> list[tuple[str, float]]:
+    """Return the kinds of error of three actions that fail on rank 0, and the seconds until each was heard."""
+    import time
+
+    disk = SharedDisk(Path(folder), strategy_of(zero_stage=0, collective_timeout=30).comm)
+    found = []
+    for error in (DataError("damaged"), RuntimeError("PytorchStreamWriter failed"), OSError(28, "No space left")):
+
+        def action(error: Exception = error) -> None:
+            raise error
+
+        began = time.monotonic()
+        try:
+            disk.on_main(action, "convert")
+        except OpenRLHFError as told:
+            found.append((type(told).__name__, time.monotonic() - began))
+    return found
+
+
+def killed_before_the_disk(folder: str, victim: int) -> tuple[str, float]:
+    """Return what the other rank says, and after how many seconds, when ``victim`` is killed before the disk work."""
+    import os
+    import signal
+    import time
+
+    strategy = strategy_of(zero_stage=0, collective_timeout=30)
+    strategy.comm.barrier("the start")
+    if strategy.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        SharedDisk(Path(folder), strategy.comm).on_main(lambda: None, "write to")
+    except OpenRLHFError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
     return "no error", time.monotonic() - began
 
 

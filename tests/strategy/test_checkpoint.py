@@ -223,6 +223,17 @@ def test_a_kill_at_any_call_leaves_a_loadable_checkpoint_of_one_step(tmp_path, a
     assert at > 20
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_old_copy_that_is_the_only_one_stays_until_the_new_one_is_in_place(tmp_path, monkeypatch, at):
+    target = tmp_path / "global_step1"
+    for name in ("global_step1.old", "global_step1.tmp"):
+        (tmp_path / name).mkdir()
+    killing(monkeypatch, at)
+    with pytest.raises(Killed):
+        files.publish_folder(tmp_path / "global_step1.tmp", target)
+    assert {"global_step1", "global_step1.old"} & set(names(tmp_path))
+
+
 def test_a_full_disk_is_said_and_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     keeper = manager(tmp_path)
     save(keeper, 1)

@@ -67,4 +67,4 @@ def test_a_killed_rank_is_named_at_once():
 
 @pytest.mark.full
 def test_a_rank_that_lives_but_does_not_come_is_told_with_its_place():
-    assert "rank 1 lives but is still at 'all_gather_object'" in said_about("busy", victim=1, stage=2)
+    assert "rank 1 lives but has not come here from 'all_gather_object'" in said_about("busy", victim=1, stage=2)

@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
+from openrlhf.config.groups import CheckpointConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy.lock import LOCK, FolderLock
+from openrlhf.trainer.setup import _claim
 from tests.cli.supervised import ROOT, environment
 
 HOLDER = """
@@ -26,7 +29,7 @@ lock.release()
 
 def holder(folder):
     """Start a process that holds the lock of ``folder`` until its input ends; return it and the line it said."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], env=environment(), **pipes)
     return process, process.stdout.readline().strip()
 
@@ -137,6 +140,21 @@ def test_a_second_command_in_the_same_folder_ends_at_once_and_leaves_the_first_a
         "it runs",
     ]
     assert not list(tmp_path.rglob(LOCK))
+
+
+@pytest.mark.parametrize("spelled", ["{0}/run", "{0}/./run", "{0}/other/../run", "{0}/link"])
+def test_a_folder_that_two_flags_spell_differently_is_locked_once(spelled, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    checkpoint = CheckpointConfig(save_path=str(tmp_path / "model"), ckpt_path=spelled.format(tmp_path))
+    with ExitStack() as held:
+        assert _claim(checkpoint, tmp_path / "run", held) == []
+        assert (tmp_path / "run" / LOCK).exists()
+        process, said = holder(tmp_path / "run")
+        process.kill()
+        process.wait()
+    assert said == "" and not (tmp_path / "run" / LOCK).exists()
 
 
 @pytest.mark.parametrize("flag", ["save_path", "ckpt_path", "run_path"])

@@ -131,6 +131,27 @@ ready(); ctypes.CDLL(None).sleep(20)
     assert "before the first step" in output
 
 
+@pytest.mark.parametrize("where", ["signals.interruptible()", "signals.droppable(), signals.interruptible()"])
+def test_a_reward_function_or_a_restore_that_is_deaf_is_awaited_and_the_step_before_it_saved(where):
+    program = f"""
+import ctypes
+signals.DEAF_S = 0.5
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM}})
+with signals.held():
+    try:
+        with {where}:
+            ready(); ctypes.CDLL(None).sleep(5)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGTERM}})
+            wait()
+    except KeyboardInterrupt:
+        print("saved", flush=True)
+"""
+    code, seconds, output = asked(program, signal.SIGTERM)
+    said, saved = output.splitlines()
+    assert code == 0 and saved == "saved"
+    assert said.startswith("asked to stop: waiting") and "first step" not in output
+
+
 def test_handlers_that_a_library_took_are_taken_back():
     program = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))

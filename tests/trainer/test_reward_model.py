@@ -15,7 +15,7 @@ from openrlhf.datasets.reward import PreferenceDataset
 from openrlhf.models.value_head import ValueModel, load_value_model
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
-from openrlhf.trainer.callbacks import Checkpointing
+from openrlhf.trainer.checkpointing import Checkpointing
 from openrlhf.trainer.metrics import Mean
 from openrlhf.trainer.reward_model import RewardModelTrainer, reward_scale
 from tests.cli.supervised import pairs

@@ -11,7 +11,7 @@ from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import InfraError
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.rng import rng_file
-from openrlhf.trainer.callbacks import Checkpointing
+from openrlhf.trainer.checkpointing import Checkpointing
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, TrainedWorker

@@ -78,11 +78,6 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target)
 
 
-def needs_reference(config: PPOConfig) -> bool:
-    """Return whether the run looks at a reference model at all."""
-    return config.algorithm.init_kl_coef > 0 or config.algorithm.kl_target is not None
-
-
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
     """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
     batches, first = [], 0

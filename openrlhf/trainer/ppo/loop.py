@@ -23,6 +23,7 @@ from openrlhf.errors import DataError, NumericError, Preempted
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
+from openrlhf.strategy.rng import rewound_when_stopped
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.console import OURS
 from openrlhf.trainer.continuity import check_position
@@ -55,6 +56,7 @@ class PPOLoop:
 
     Attributes:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
+        evaluating: whether the evaluation after the last step was begun and not finished.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class PPOLoop:
         self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
         self.callbacks = Callbacks(callbacks)
         self.global_step = 0
-        self._evaluating = False
+        self.evaluating = False
         self._seconds: dict[str, float] = {}
         self._engine_sleeps = False
 
@@ -121,7 +123,7 @@ class PPOLoop:
             self.callbacks.on_start(self)
             self.evaluator.samples.start(self.global_step)
             self._sync()
-            if self.eval_data and (self.global_step == 0 or self._evaluating):
+            if self.evaluating or (self.eval_data and self.global_step == 0):
                 self.evaluate()
             for prompts in self.prompt_batches():
                 self._step(prompts)
@@ -131,7 +133,7 @@ class PPOLoop:
     def _step(self, prompts: list[Prompt]) -> None:
         """Do one rollout step."""
         began = time.perf_counter()
-        with signals.droppable():
+        with rewound_when_stopped(), signals.droppable():
             rollouts = self._generate(prompts)
             with self._clock("make_experience"):
                 experiences = self.maker.make(rollouts)
@@ -180,7 +182,7 @@ class PPOLoop:
                 if self.roles.shared:
                     self.roles.critic.get(futures)
             pending.append(("critic", self.roles.critic, futures))
-        if step > self.config.algorithm.freezing_actor_steps:
+        if step > self.config.algorithm.freezing_actor_steps or not self.roles.critic:
             with self._naming("actor", experiences):
                 futures = self.roles.policy.run(
                     PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
@@ -211,10 +213,10 @@ class PPOLoop:
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the evaluation prompts, and tell the callbacks."""
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
-        self._evaluating = True
-        with signals.droppable():
+        self.evaluating = True
+        with rewound_when_stopped(), signals.droppable():
             values = self.evaluator.evaluate(self.global_step, when)
-        self._evaluating = False
+        self.evaluating = False
         self.callbacks.on_evaluate(self, values)
         return values
 
@@ -223,7 +225,7 @@ class PPOLoop:
         return {
             "global_step": self.global_step,
             "policy_version": self.global_step,
-            "evaluating": self._evaluating,
+            "evaluating": self.evaluating,
             "kl_controller": self.maker.kl_controller.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
@@ -236,21 +238,12 @@ class PPOLoop:
         """
         check_position(state["data"], self._data_facts(), "--prompt_data", allow_change)
         self.global_step = int(state["global_step"])
-        self._evaluating = bool(state.get("evaluating", False))
+        self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
     def _data_facts(self) -> dict[str, Any]:
-        rollout, batch = self.config.rollout, self.config.batch
-        return {
-            "rows": len(self.prompts),
-            "data": self._fingerprint,
-            "steps_per_epoch": self.steps_per_epoch,
-            "rollout_batch_size": rollout.rollout_batch_size,
-            "n_samples_per_prompt": rollout.n_samples_per_prompt,
-            "train_batch_size": batch.train_batch_size,
-            "seed": batch.seed,
-        }
+        return {"rows": len(self.prompts), "data": self._fingerprint, "steps_per_epoch": self.steps_per_epoch}
 
     @cached_property
     def _fingerprint(self) -> str:

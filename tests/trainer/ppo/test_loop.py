@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from openrlhf.config.groups import CheckpointConfig, LoggingConfig
 from openrlhf.config.ppo import EvalConfig, PPOModelConfig, PPOOptimConfig, RewardConfig
+from openrlhf.device import seed_everything
 from openrlhf.errors import DataError, NumericError, Preempted, UsageError
 from openrlhf.rollout.types import SamplingParams
 from openrlhf.strategy import signals
@@ -20,6 +22,7 @@ from openrlhf.trainer.ppo.experience import build_kl_controller
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import steps_per_episode
 from tests.trainer.ppo.harness import (
+    NOISY_COUNT,
     local_loop,
     policy_weights,
     reward_file,
@@ -87,6 +90,12 @@ def test_the_actor_waits_while_it_is_frozen(tmp_path):
     assert "policy_loss" not in first and "critic_loss" in first
     assert "policy_loss" in second
     assert second["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_without_a_critic_nothing_is_frozen(tmp_path):
+    loop, recorder = local_loop(with_algorithm(tiny_ppo_config(tmp_path), freezing_actor_steps=5), prompts=8)
+    loop.fit()
+    assert ["policy_loss" in step for step in recorder.steps] == [True]
 
 
 def test_evaluation_before_and_after_leaves_figures_and_samples(tmp_path):
@@ -184,6 +193,64 @@ def test_asked_to_stop_it_drops_the_rollout_and_goes_on_bit_for_bit(tmp_path, mo
     for name, weight in policy_weights(whole).items():
         assert torch.equal(weight, policy_weights(loop)[name])
     assert (tmp_path / "run" / "samples.jsonl").read_text() == lines
+
+
+class AskingReward:
+    """The reward function of a loop; a signal interrupts it when it has scored for the ``asked_at``-th time."""
+
+    def __init__(self, function, asked_at: int):
+        self.function, self.asked_at, self.calls = function, asked_at, 0
+
+    def score(self, *columns, **named):
+        result = self.function.score(*columns, **named)
+        self.calls += 1
+        if self.calls == self.asked_at:
+            signals.ask("SIGTERM")
+            raise KeyboardInterrupt
+        return result
+
+
+def kept_steps(folder):
+    """Return the state and the score of every checkpoint in ``folder``, and whose exports are there."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/manifest.json")}
+    steps = {name: (manifest["state"], manifest["score"]) for name, manifest in found.items()}
+    return steps, {path.name for path in folder.glob("*_hf")}
+
+
+# Each evaluation scores at two temperatures: calls 1-2 before, 3 step 1, 4-5 its evaluation, 6 step 2 and so on.
+@pytest.mark.parametrize(("asked_at", "every"), [(4, 1), (6, 2)], ids=["evaluation", "rollout"])
+def test_a_reward_function_draws_the_same_random_numbers_again_when_what_it_scored_was_dropped(
+    tmp_path, monkeypatch, asked_at, every
+):
+    config = replace(
+        with_rollout(tiny_ppo_config(tmp_path), num_episodes=1),
+        reward=RewardConfig(remote_rm_url=reward_file(tmp_path, NOISY_COUNT)),
+        evaluation=EvalConfig(eval_temperature=(1.0, 0.5)),
+        logging=LoggingConfig(run_path=str(tmp_path / "run"), eval_steps=1),
+    )
+    files = replace(config.checkpoint, save_steps=every, save_hf_ckpt=True)
+
+    def loop_in(name, **flags):
+        monkeypatch.setattr(signals, "_state", signals._State())
+        seed_everything(1)
+        place = replace(files, ckpt_path=str(tmp_path / name), **flags)
+        return local_loop(replace(config, checkpoint=place), eval_prompts=4)
+
+    whole, recorder = loop_in("whole")
+    whole.fit()
+    stopped, first = loop_in("part")
+    stopped.maker.reward_function = AskingReward(stopped.maker.reward_function, asked_at)
+    with pytest.raises(Preempted, match="after step 1; "):
+        stopped.fit()
+    random.seed(99)
+    loop, second = loop_in("part", load_checkpoint=True)
+    loop.fit()
+
+    rewards = [[step["reward"] for step in steps] for steps in (recorder.steps, second.steps)]
+    assert rewards[1] == rewards[0][1:] and len(rewards[0]) == 2
+    assert dict(first.evaluations + second.evaluations) == dict(recorder.evaluations)
+    (steps, exports), (expected, wanted) = kept_steps(tmp_path / "part"), kept_steps(tmp_path / "whole")
+    assert {name: steps[name] for name in expected} == expected and exports == wanted
 
 
 def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
