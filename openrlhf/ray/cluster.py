@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -72,7 +73,14 @@ def disconnect() -> None:
     """Leave the cluster; one that :func:`connect` started ends with it."""
     import ray
 
-    ray.shutdown()
+    ours = signals.is_installed()
+    leaving = threading.Thread(target=ray.shutdown, name="leave Ray")
+    leaving.start()
+    while leaving.is_alive():
+        # Ray gives SIGTERM back to the system on its way out, which would end this process without a word.
+        if ours:
+            signals.install()
+        leaving.join(0.01)
 
 
 def output_is_logged() -> bool:
