@@ -9,16 +9,17 @@ micro-batches. Seven rows leave a rank without rows in its last micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openrlhf.config.algorithms import PAIR_LOSSES
 from openrlhf.config.groups import BatchConfig, DeepSpeedConfig, ModelConfig, OptimConfig
 from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
-from openrlhf.datasets.batch import PreferenceBatch, TokenBatch
+from openrlhf.datasets.batch import PreferenceBatch, ProcessRewardBatch, TokenBatch, UnpairedBatch
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import switch_attention
 from openrlhf.models.backbone import TokenModel
@@ -26,14 +27,19 @@ from openrlhf.models.loading import load_causal_lm, load_value_model
 from openrlhf.models.value_head import ValueModel
 from openrlhf.rollout.types import Experience
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
+from openrlhf.trainer.dpo import DPOTrainer
+from openrlhf.trainer.kd import KDTrainer
+from openrlhf.trainer.kto import KTOTrainer
 from openrlhf.trainer.ppo.groups import deal
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+from openrlhf.trainer.prm import ProcessRewardModelTrainer
 from openrlhf.trainer.reward_model import RewardModelTrainer
 from openrlhf.trainer.sft import SFTTrainer
 from tests.strategy.programs import BETAS, first_gradients
 
 LENGTHS = (13, 4, 9, 6, 12, 5, 11)
 ROWS, WIDTH, TEMPERATURE, WHITEN = len(LENGTHS), max(LENGTHS), 0.7, (0.1, 1.3)
+REWARD_IDS = [7, 5]
 OPTIMIZER = OptimConfig(learning_rate=1e-3, lr_scheduler="constant", adam_betas=BETAS)
 
 
@@ -65,8 +71,12 @@ class Rows:
         batch, pairs = self.batch, isinstance(self.batch, PreferenceBatch)
         index = torch.tensor((rows or [0]) + [ROWS + row for row in rows or [0]] * pairs)
         counted = batch.loss_mask[index] if rows else torch.zeros_like(batch.loss_mask[index])
-        margin = {"margin": batch.margin[rows or [0]]} if pairs else {}
-        return type(batch)(batch.sequences[index], batch.attention_mask[index], counted, **margin)
+        own = {
+            name: getattr(batch, name)[rows or [0]]
+            for name in ("margin", "desirable", "labels")
+            if hasattr(batch, name)
+        }
+        return type(batch)(batch.sequences[index], batch.attention_mask[index], counted, **own)
 
 
 def sft_rows() -> Rows:
@@ -78,13 +88,40 @@ def pairs() -> Rows:
     return Rows(PreferenceBatch(*both, margin=torch.linspace(-0.5, 1.0, ROWS)))
 
 
+class UnpairedRows(Rows):
+    """Answers from the place ``LENGTHS // 3`` on, desirable or not, that can be given to another prompt."""
+
+    def __init__(self):
+        super().__init__(UnpairedBatch(*sequences(1), desirable=torch.arange(ROWS) % 3 > 0))
+
+    def mismatched(self, prompt: int, answer: int) -> Tensor:
+        at = [LENGTHS[row] // 3 + 1 for row in (prompt, answer)]
+        tokens = self.batch.sequences
+        return torch.cat([tokens[prompt, : at[0]], tokens[answer, at[1] : LENGTHS[answer]]]), at[0]
+
+    def collate(self, rows: list) -> UnpairedBatch:
+        if not (rows and isinstance(rows[0], tuple)):
+            return super().collate(rows)
+        width = max(len(tokens) for tokens, _ in rows)
+        tokens = torch.stack([nn.functional.pad(tokens, (0, width - len(tokens))) for tokens, _ in rows])
+        real = torch.arange(width) < torch.tensor([len(tokens) for tokens, _ in rows])[:, None]
+        answer = torch.arange(1, width) >= torch.tensor([at for _, at in rows])[:, None]
+        return UnpairedBatch(tokens, real, real[:, 1:] & answer, torch.zeros(len(rows), dtype=torch.bool))
+
+
+def steps_of(tokens: Tensor, real: Tensor, counted: Tensor) -> Rows:
+    """Return rows of which every third place that counts ends a step, right with a probability of its own."""
+    ends = counted & (torch.arange(WIDTH - 1) % 3 == 1)
+    return Rows(ProcessRewardBatch(tokens, real, ends, torch.where(ends, noise(9).sigmoid(), 0.0)))
+
+
 # The formulas, one sequence at a time.
 
 
-def causal_lm(folder: str) -> nn.Module:
+def causal_lm(folder: str, name: str = "policy") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(f"{folder}/policy", dtype=torch.float64)
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/{name}", dtype=torch.float64)
 
 
 def classifier(folder: str) -> nn.Module:
@@ -118,6 +155,68 @@ def rm_formula(folder: str) -> tuple[nn.Module, Tensor]:
     last = batch.attention_mask.sum(dim=1) - 1
     chosen, rejected = plain_values(model, batch.sequences, batch.attention_mask)[range(2 * ROWS), last].chunk(2)
     return model, -nn.functional.logsigmoid(chosen - rejected - batch.margin).mean()
+
+
+def answers_of(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return the sums ``(B,)`` of the log-probs that count."""
+    log_probs = plain_log_probs(model, batch.sequences, batch.attention_mask)
+    return torch.where(batch.loss_mask, log_probs, 0.0).sum(dim=1)
+
+
+def frozen(folder: str) -> nn.Module:
+    return causal_lm(folder, "frozen").requires_grad_(False)
+
+
+def dpo_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, batch = causal_lm(folder), pairs().batch
+    sums = answers_of(model, batch)
+    chosen, rejected = (sums - answers_of(frozen(folder), batch)).chunk(2)
+    nll = -(sums / batch.loss_mask.sum(dim=1))[:ROWS].mean()
+    z = 0.3 * (chosen - rejected)
+    return model, -(0.9 * z.sigmoid().log() + 0.1 * (-z).sigmoid().log()).mean() + 0.2 * nll
+
+
+def simpo_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, batch = causal_lm(folder), pairs().batch
+    chosen, rejected = (answers_of(model, batch) / batch.loss_mask.sum(dim=1)).chunk(2)
+    return model, -(2.0 * (chosen - rejected) - 0.5).sigmoid().log().mean()
+
+
+def kto_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, other, rows = causal_lm(folder), frozen(folder), UnpairedRows()
+    drifts = []
+    for row in range(ROWS):
+        tokens, at = rows.mismatched(row, (row + 1) % ROWS)
+        log_probs = [
+            m(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]) for m in (model, other)
+        ]
+        drifts.append((log_probs[0] - log_probs[1])[at - 1 :].sum().detach())
+    kl = torch.stack(drifts).mean().clamp(min=0)
+    ratios = answers_of(model, rows.batch) - answers_of(other, rows.batch)
+    good = rows.batch.desirable
+    wanted = 1.5 * (1 - (0.1 * (ratios - kl)).sigmoid())
+    unwanted = 0.5 * (1 - (0.1 * (kl - ratios)).sigmoid())
+    return model, torch.where(good, wanted, unwanted).mean()
+
+
+def kd_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, teacher, (tokens, real, counted) = causal_lm(folder), frozen(folder), sequences(1)
+    cross = []
+    for row, keep, counts in zip(tokens, real, counted, strict=True):
+        ours, theirs = (m(row[keep][None]).logits[0, :-1].log_softmax(-1) for m in (model, teacher))
+        cross.append(-(theirs.exp() * ours).sum(-1)[counts[: len(ours)]])
+    gpt = -plain_log_probs(model, tokens, real)[counted].mean()
+    return model, 0.6 * gpt + 0.4 * torch.cat(cross).mean()
+
+
+def prm_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, batch = causal_lm(folder), steps_of(*sequences(1)).batch
+    losses = []
+    for row, keep, ends, labels in zip(batch.sequences, batch.attention_mask, batch.loss_mask, batch.labels):
+        right, wrong = model(row[keep][None]).logits[0, :-1][:, REWARD_IDS].log_softmax(-1).unbind(-1)
+        at = ends[: len(right)]
+        losses.append(-(labels[: len(right)] * right + (1 - labels[: len(right)]) * wrong)[at])
+    return model, torch.cat(losses).mean()
 
 
 def policy_formula(folder: str) -> tuple[nn.Module, Tensor]:
@@ -174,11 +273,42 @@ def ready(engine: TrainEngine, packed: bool) -> TrainEngine:
     return engine
 
 
-def sft_step(folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: BatchConfig) -> TrainEngine:
+def actor_step(
+    trainer: type,
+    rows: Rows,
+    own: Callable[[Callable], dict],
+    folder: str,
+    strategy: DeepSpeedStrategy,
+    packed: bool,
+    batch: BatchConfig,
+) -> TrainEngine:
+    """Take one step of a trainer of language models; ``own(frozen)`` returns its options, made with a frozen model."""
     model = load_causal_lm(f"{folder}/policy", ModelConfig(), context=strategy.loading_context)
     engine = ready(strategy.prepare_train(Actor(model), OPTIMIZER, 1), packed)
-    SFTTrainer(engine, strategy, sft_rows(), (), batch).fit()
+
+    def other() -> Callable:
+        context = partial(strategy.loading_context, train=False)
+        return strategy.prepare_eval(Actor(load_causal_lm(f"{folder}/frozen", ModelConfig(), context=context)))
+
+    trainer(engine, strategy, rows, (), batch, **own(other)).fit()
     return engine
+
+
+def pair_step(loss: str, **flags: float) -> Callable:
+    """Return the step of a loss of pairs."""
+    nll = flags.pop("nll_loss_coef", 0.0)
+    entry = PAIR_LOSSES[loss]
+
+    def own(other: Callable) -> dict:
+        reference = other() if entry.needs_reference else None
+        pair_loss = partial(entry.load(), **flags)
+        return {"pair_loss": pair_loss, "beta": flags["beta"], "reference": reference, "nll_loss_coef": nll}
+
+    return partial(actor_step, DPOTrainer, pairs(), own)
+
+
+def kto_options(other: Callable) -> dict:
+    return {"reference": other(), "beta": 0.1, "desirable_weight": 1.5, "undesirable_weight": 0.5}
 
 
 def rm_step(folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: BatchConfig) -> TrainEngine:
@@ -222,7 +352,20 @@ def value_step(*arguments: Any) -> TrainEngine:
 
 
 LOSSES = {
-    "sft": (sft_formula, sft_step),
+    "sft": (sft_formula, partial(actor_step, SFTTrainer, sft_rows(), lambda other: {})),
+    "dpo": (dpo_formula, pair_step("dpo", beta=0.3, label_smoothing=0.1, nll_loss_coef=0.2)),
+    "simpo": (simpo_formula, pair_step("simpo", beta=2.0, target_margin=0.5)),
+    "kto": (kto_formula, partial(actor_step, KTOTrainer, UnpairedRows(), kto_options)),
+    "kd": (
+        kd_formula,
+        partial(actor_step, KDTrainer, sft_rows(), lambda other: {"teacher": other(), "kd_coef": 0.4}),
+    ),
+    "prm": (
+        prm_formula,
+        partial(
+            actor_step, ProcessRewardModelTrainer, steps_of(*sequences(1)), lambda other: {"reward_ids": REWARD_IDS}
+        ),
+    ),
     "rm": (rm_formula, rm_step),
     "policy": (policy_formula, policy_step),
     "value": (value_formula, value_step),
@@ -255,5 +398,5 @@ def differences(folder: str, cases: list[list]) -> list[tuple[str, float]]:
 
 
 def every_case() -> list[list]:
-    """Return 96 cases for a number of ranks: 4 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
+    """Return 216 cases for a number of ranks: 9 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
     return [list(case) for case in product(LOSSES, (True, False), (0, 1, 2, 3), (1, 2, 4))]
