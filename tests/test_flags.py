@@ -49,8 +49,12 @@ TEMPLATES = {"input_template", "apply_chat_template", "tokenizer_chat_template"}
 EXTRA = {
     "train_sft": EVERYWHERE,
     "train_rm": EVERYWHERE | {"lr_scheduler", *HF_CKPT},
-    "train_dpo": EVERYWHERE | {"lr_scheduler", "tokenizer_chat_template", "loss", "target_margin"},
-    "train_kto": EVERYWHERE | HF_CKPT | PACKING | {"lr_scheduler", "tokenizer_chat_template"},
+    "train_dpo": EVERYWHERE
+    | {"lr_scheduler", "tokenizer_chat_template", "loss", "target_margin", "precompute_ref_log_probs"},
+    "train_kto": EVERYWHERE
+    | HF_CKPT
+    | PACKING
+    | {"lr_scheduler", "tokenizer_chat_template", "precompute_ref_log_probs"},
     "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
     "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard"},
     "train_ppo_ray": {

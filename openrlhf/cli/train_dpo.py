@@ -8,6 +8,7 @@ Writes a Hugging Face folder to ``--save_path``; metrics, report and log go to `
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.cli.supervised import Command
@@ -29,9 +30,7 @@ def recipe(config: DPOConfig) -> Recipe:
 
 def options(config: DPOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
     """Return the loss, and the reference model that it needs."""
-    from functools import partial
-
-    from openrlhf.trainer.frozen import load_frozen
+    from openrlhf.trainer.frozen import load_reference
 
     path = config.reference
     flag = "--ref_pretrain" if config.ref_pretrain else "--pretrain"
@@ -39,7 +38,7 @@ def options(config: DPOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
         "pair_loss": partial(config.pair_loss.load(), **config.loss_options),
         "beta": config.beta,
         "nll_loss_coef": config.nll_loss_coef,
-        "reference": path and load_frozen(config, strategy, path, flag, config.ref_offload),
+        "reference": path and load_reference(config, strategy, path, flag, inputs.sets),
     }
 
 

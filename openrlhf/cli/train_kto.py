@@ -28,10 +28,14 @@ def recipe(config: KTOConfig) -> Recipe:
 
 def options(config: KTOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
     """Return the weights of the loss, and the reference model."""
-    from openrlhf.trainer.frozen import load_frozen
+    from openrlhf.trainer.frozen import load_reference
+    from openrlhf.trainer.kto import mismatched_sets
+
+    def sets() -> list[Any]:
+        return inputs.sets() + mismatched_sets(inputs.train, inputs.evaluation, config.batch)
 
     return {
-        "reference": load_frozen(config, strategy, config.model.pretrain, "--pretrain", config.ref_offload),
+        "reference": load_reference(config, strategy, config.model.pretrain, "--pretrain", sets),
         "beta": config.beta,
         "desirable_weight": config.desirable_loss_weight,
         "undesirable_weight": config.undesirable_loss_weight,

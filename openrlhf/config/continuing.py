@@ -16,7 +16,7 @@ FREE_GROUPS = {"checkpoint", "logging", "evaluation", "placement", "vllm", "data
 FREE_FLAGS = {
     *("micro_train_batch_size", "micro_rollout_batch_size", "gradient_checkpointing"),
     *("gradient_checkpointing_use_reentrant", "flash_attn", "packing_samples", "ref_reward_offload"),
-    *("ref_offload", "teacher_offload"),
+    *("ref_offload", "teacher_offload", "precompute_ref_log_probs"),
     *("zpg", "overlap_comm", "local_rank", "collective_timeout", "actor_init_on_gpu", "perf", "save_value_network"),
     *("trust_remote_code", "use_ms", "disable_fast_tokenizer", "max_skipped_steps"),
 }

@@ -94,6 +94,9 @@ _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda 
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
 _OFFLOAD = NoEffect("it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3)
+_REFERENCE = NoEffect(
+    "--loss simpo and orpo have no reference", lambda values, gpu: values.get("loss") in ("simpo", "orpo")
+)
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
@@ -107,7 +110,7 @@ NO_EFFECT_HERE = {
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
     **dict.fromkeys(("ref_reward_offload", "ref_offload", "teacher_offload"), _OFFLOAD),
-    "ref_pretrain": NoEffect("--loss simpo and orpo have no reference", lambda v, gpu: v["loss"] in ("simpo", "orpo")),
+    **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
     "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),

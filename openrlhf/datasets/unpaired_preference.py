@@ -12,6 +12,9 @@ from openrlhf.datasets.batch import UnpairedBatch
 from openrlhf.datasets.sft import SFTDataset, SFTRow
 from openrlhf.errors import DataError
 
+DESIRABLE, UNDESIRABLE = ("1", "1.0", "true"), ("0", "0.0", "false")
+"""How labels are spelled; in a table they are text."""
+
 
 @dataclass(frozen=True)
 class UnpairedRow(SFTRow):
@@ -75,9 +78,10 @@ class UnpairedPreferenceDataset(SFTDataset):
         self._labels += [self._label_of[number]] * (len(self) - before)
 
     def _label(self, value: Any, number: int) -> bool:
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        words = str(value).strip().lower()
+        if words not in DESIRABLE + UNDESIRABLE:
             raise DataError(
                 f"{self._where(number)}: {self.cfg.label_key!r} (--label_key) is {value!r}; it is true or 1 for a "
                 "desirable answer, false or 0 for another"
             )
-        return bool(value)
+        return words in DESIRABLE

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openrlhf.datasets.batch import PreferenceBatch
 from openrlhf.ops.masking import masked_sum
-from openrlhf.trainer.frozen import answer_log_probs
+from openrlhf.trainer.frozen import Reference
 from openrlhf.trainer.loop import StepOutput, Trainer
 
 
@@ -30,11 +30,11 @@ class DPOTrainer(Trainer):
         *args: Any,
         pair_loss: Callable[[Tensor, Tensor], Tensor],
         beta: float,
-        reference: Callable[..., Any] | None = None,
+        reference: Reference | None = None,
         nll_loss_coef: float = 0.0,
         **kwargs: Any,
     ):
-        """Take what :class:`Trainer` takes, and the loss of ``(chosen (B,), rejected (B,))`` summed over the pairs."""
+        """Take what :class:`Trainer` takes, the loss of ``(chosen (B,), rejected (B,))``, and the reference's word."""
         super().__init__(*args, **kwargs)
         self._pair_loss, self._beta, self._nll_coef = pair_loss, beta, nll_loss_coef
         self._reference = reference
@@ -48,7 +48,7 @@ class DPOTrainer(Trainer):
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
         sums = masked_sum(output.log_probs, batch.loss_mask, dim=1)
         means = sums / batch.loss_mask.sum(dim=1).clamp(min=1)
-        scores = means if self._reference is None else sums - answer_log_probs(self._reference, batch)
+        scores = means if self._reference is None else sums - self._reference(batch)
         chosen, rejected = scores.chunk(2)
         loss, pairs = self._pair_loss(chosen, rejected), self.weight(batch)
         metrics = {

@@ -23,6 +23,10 @@ class Inputs:
     train: Any
     evaluation: Sequence[Any]
 
+    def sets(self) -> list[Any]:
+        """Return both sets of rows."""
+        return [self.train, self.evaluation]
+
 
 def read_inputs(
     config: Any,

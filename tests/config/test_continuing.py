@@ -56,7 +56,7 @@ def test_a_flag_that_changes_the_training_is_named_with_both_values(command, nam
         (SFTConfig, {"save_path": "x", "ckpt_path": "y", "run_path": "z", "dataset": "moved.jsonl"}),
         (SFTConfig, {"save_steps": 7, "eval_steps": 3, "logging_steps": 2, "wandb_run_name": "x"}),
         (SFTConfig, {"micro_train_batch_size": 1, "gradient_checkpointing": True, "collective_timeout": 5}),
-        (DPOConfig, {"ref_offload": True}),
+        (DPOConfig, {"ref_offload": True, "precompute_ref_log_probs": True}),
         (KDConfig, {"teacher_offload": True}),
         (PPOConfig, {"colocate_all_models": True, "vllm_num_engines": 2, "eval_dataset": "x", "perf": True}),
     ],

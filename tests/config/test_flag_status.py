@@ -127,6 +127,7 @@ NO_USE = [
     ("train_rm", "--loss logexp --margin_loss"),
     ("train_dpo", "--target_margin 1"),
     ("train_dpo", "--loss simpo --beta 2 --ref_pretrain r"),
+    ("train_dpo", "--loss orpo --precompute_ref_log_probs"),
     ("train_ppo_ray", "--advantage_estimator reinforce --critic_pretrain c"),
     ("train_ppo_ray", "--advantage_estimator reinforce --lambd 0.9"),
     ("train_ppo_ray", "--enforce_eager"),
