@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.batch import TokenBatch
 from openrlhf.datasets.sampler import StepSampler
-from openrlhf.device import empty_cache
 from openrlhf.models.actor import Actor
 from openrlhf.models.loading import load_causal_lm
 from openrlhf.ops.masking import masked_sum
@@ -56,11 +54,7 @@ def load_reference(
     for data in rows():
         if len(data):
             known.learn(partial(answer_log_probs, model), data, config.batch, strategy)
-    if hasattr(model, "destroy"):
-        model.destroy()
-    del model
-    gc.collect()
-    empty_cache()
+    strategy.release(model)
     LOG.info("the reference model is freed: it said all of %d answers once", len(known))
     return known
 

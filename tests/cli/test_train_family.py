@@ -48,24 +48,19 @@ def log_prob(folder, text, answer):
 
 def test_dpo_prefers_the_chosen_answers_of_other_prompts(base, tmp_path):
     held_out = pairs(5, first=100)
-    train, evaluation = trained(
-        "train_dpo", tmp_path, base, pairs(40), held_out, prompt_key="prompt", nll_loss_coef=0.1
-    )
-    assert {"loss", "acc", "chosen_reward", "reject_reward", "nll_loss", "lr", "loss_mean", "acc_mean"} <= set(
-        train[0]
-    )
+    train, evaluation = trained("train_dpo", tmp_path, base, pairs(40), held_out, prompt_key="prompt")
+    assert {"loss", "acc", "chosen_reward", "reject_reward", "lr", "loss_mean", "acc_mean"} <= set(train[0])
     assert train[0]["acc"] == 0 and train[0]["chosen_reward"] == 0, "before the first step policy and reference agree"
-    assert train[-1]["loss"] < 0.5 * train[0]["loss"]
-    assert evaluation[-1]["acc_mean"] == 1.0
-    margins = [
-        0.1 * (log_prob(folder, row["prompt"], row["chosen"]) - log_prob(folder, row["prompt"], row["rejected"]))
+    assert train[-1]["loss"] < 0.7 * train[0]["loss"] and train[-1]["chosen_reward"] > train[-1]["reject_reward"]
+    now, before = (
+        [[log_prob(folder, row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in held_out]
         for folder in (tmp_path / "model", base)
-        for row in held_out
-    ]
-    z = torch.tensor(margins[:5]) - torch.tensor(margins[5:])
-    nll = [-log_prob(tmp_path / "model", row["prompt"], row["chosen"]) for row in held_out]
-    assert train[-1]["chosen_reward"] > train[-1]["reject_reward"]
-    assert (z > 0).all() and evaluation[-1]["eval_loss"] < -torch.nn.functional.logsigmoid(z).mean() + 0.1 * max(nll)
+    )
+    z = torch.tensor(now).diff() - torch.tensor(before).diff()
+    assert evaluation[-1]["acc_mean"] == 1.0 and (z < 0).all()
+    assert evaluation[-1]["eval_loss"] == pytest.approx(
+        -torch.nn.functional.logsigmoid(-0.1 * z).mean().item(), rel=1e-3
+    )
 
 
 def test_simpo_loads_no_reference(base, tmp_path):
