@@ -78,6 +78,13 @@ def test_the_reference_is_gone_once_it_said_everything(folders, tmp_path, stage)
     assert weights_in_memory() >= before + 20_000 and callable(whole)
 
 
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_loss_without_reference_loads_none(folders, tmp_path, loss):
+    config = config_of("train_dpo", folders, tmp_path, "--loss", loss)
+    recipe = train_dpo.command.recipe(config)
+    assert recipe.options(config, solo(), recipe.read(config))["reference"] is None
+
+
 def test_an_answer_that_was_not_asked_about_is_an_error_and_a_dummy_is_none(folders, tmp_path):
     config = config_of("train_dpo", folders, tmp_path)
     data = train_dpo.command.read(config).train
