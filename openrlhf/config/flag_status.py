@@ -92,6 +92,10 @@ _CHAT = NoEffect("it needs --apply_chat_template", _unset("apply_chat_template")
 _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
+_OFFLOAD = NoEffect("it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3)
+_REFERENCE = NoEffect(
+    "--loss simpo and orpo have no reference", lambda values, gpu: values.get("loss") in ("simpo", "orpo")
+)
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
@@ -104,9 +108,9 @@ NO_EFFECT_HERE = {
     "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
-    "ref_reward_offload": NoEffect(
-        "it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3
-    ),
+    **dict.fromkeys(("ref_reward_offload", "ref_offload", "teacher_offload"), _OFFLOAD),
+    **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
+    "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(
         "a secondary partition needs --zero_stage 3 and several GPUs",
@@ -139,7 +143,7 @@ NO_EFFECT_HERE = {
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(
         "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
-        lambda values, gpu: not (values["remote_rm_url"] or values["eval_reward_func"]),
+        lambda v, gpu: "remote_rm_url" in v and not (v["remote_rm_url"] or v["eval_reward_func"]),
     ),
     "show_samples": NoEffect("a run shows them anyway; it is for --dry_run", _unset("dry_run")),
 }

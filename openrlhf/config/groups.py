@@ -1,4 +1,4 @@
-"""The flag groups that commands share, and the configurations of the supervised commands.
+"""The flag groups that commands share; the commands are in `supervised.py` and `ppo.py`.
 
 A group is a frozen dataclass, a flag is one of its fields. A command composes groups and overrides only the defaults
 that are its own. ``problems()`` of a group or command returns what is wrong across its flags, one sentence each.
@@ -6,11 +6,9 @@ that are its own. ``problems()`` of a group or command returns what is wrong acr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from openrlhf.config.checks import (
-    missing_model,
     profiled_steps,
     same_key_problems,
     source_problems,
@@ -273,56 +271,3 @@ class LoggingConfig:
 def run_folder(save_path: str, run_path: str | None) -> str:
     """Return the run folder: ``--run_path``, or ``<save_path>_run`` beside the exported model."""
     return run_path or f"{save_path.rstrip('/')}_run"
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning.
-
-    Train a language model on prompts and answers.
-    """
-
-    run_prefix: ClassVar[str] = "sft"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: SFTDataConfig = field(default_factory=SFTDataConfig)
-    batch: BatchConfig = field(default_factory=lambda: BatchConfig(max_epochs=2))
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_sft"))
-    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_sft"))
-
-    def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Reward model training.
-
-    Train a scalar model on pairs of a preferred and another answer.
-    """
-
-    run_prefix: ClassVar[str] = "rm"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    value_head_prefix: str = flag("score", "Name of the scalar head; the one in config.json wins.")
-    compute_fp32_loss: bool = flag(False, "Compute the loss in fp32.")
-    margin_loss: bool = flag(False, "Subtract the margin column of the data in the loss.")
-    loss: str = flag("sigmoid", "sigmoid, or anything else for the log-exp loss.")
-    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
-    batch: BatchConfig = field(default_factory=lambda: BatchConfig(micro_train_batch_size=1))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=9e-6))
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_rm"))
-    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_rm"))
-
-    def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
-
-    def notices(self) -> list[str]:
-        if self.loss in ("sigmoid", "logexp"):
-            return []
-        return [f"--loss {self.loss}: every name but sigmoid means the log-exp loss"]

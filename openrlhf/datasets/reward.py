@@ -1,4 +1,4 @@
-"""Preference pairs for reward models: the chosen and the rejected answer to one prompt."""
+"""Preference pairs for reward models and DPO: the chosen and the rejected answer to one prompt."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class PreferenceRow:
 class PreferenceDataset(TokenisedRows):
     """Tokenised pairs. An answer longer than ``max_len`` is cut and still ends with eos.
 
-    Pairs with an empty answer, and pairs whose two sides are the same tokens, are left out and counted.
+    Pairs with an empty answer, and pairs whose two sides are the same tokens, are left out and counted. Without a
+    prompt the tokens that both texts begin with are the prompt.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
@@ -148,6 +149,8 @@ class PreferenceDataset(TokenisedRows):
         if chosen[0] == rejected[0]:
             self.dropped["chosen equals rejected"] += 1
             return
+        if not (self.cfg.prompt_key or self.cfg.apply_chat_template):
+            chosen, rejected = ((ids, _shared(chosen[0], rejected[0])) for ids, _ in (chosen, rejected))
         sides = [self._cut(ids) for ids, _ in (chosen, rejected)]
         if sides[0] == sides[1] and self.cfg.too_long == "cut":
             self.dropped[f"equal after the cut at --max_len {self.limit}"] += 1
@@ -155,3 +158,8 @@ class PreferenceDataset(TokenisedRows):
         if self._keeps(max(len(chosen[0]), len(rejected[0])), number):
             prompts = [min(prompt, len(ids)) for ids, (_, prompt) in zip(sides, (chosen, rejected), strict=True)]
             self._pairs.append((*(array("i", ids) for ids in sides), *prompts, margin))
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    """Return how many tokens two different rows have in common at their beginning."""
+    return next((at for at, (one, other) in enumerate(zip(left, right)) if one != other), min(len(left), len(right)))

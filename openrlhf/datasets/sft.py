@@ -77,10 +77,7 @@ class SFTDataset(TokenisedRows):
         self._spans: list[Spans] = []
         self._split_rows = 0
         self._marked = data_cfg.multiturn and tokens.has_generation_block(tokenizer)
-        required = {data_cfg.input_key: "--input_key"}
-        if data_cfg.output_key and not raw_text:
-            required[data_cfg.output_key] = "--output_key"
-        self._read(rows, required)
+        self._read(rows, self._required())
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -111,6 +108,11 @@ class SFTDataset(TokenisedRows):
         """Return one line that shows a row with the trained part marked."""
         row = self[index]
         return [marked_text(self.tokenizer, row.token_ids, [False, *row.loss_mask])]
+
+    def _required(self) -> dict[str, str]:
+        """Return key that every row must have -> flag that names it."""
+        answer = {self.cfg.output_key: "--output_key"} if self.cfg.output_key and not self.cfg.pretrain_mode else {}
+        return {self.cfg.input_key: "--input_key"} | answer
 
     def _notes(self) -> dict[str, int]:
         split = "conversations split into one row a turn (the chat template rewrites earlier turns)"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from openrlhf.datasets.blending import load_train_eval
 from openrlhf.datasets.rows import NothingUsable
 from openrlhf.models.suitability import check_language_model
-from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,25 @@ class Inputs:
     train: Any
     evaluation: Sequence[Any]
 
+    def sets(self) -> list[Any]:
+        """Return both sets of rows."""
+        return [self.train, self.evaluation]
 
-def read_inputs(config: Any, dataset: type, stopping: str, check: Callable = check_language_model) -> Inputs:
+
+def read_inputs(
+    config: Any,
+    dataset: type,
+    stopping: str,
+    check: Callable = check_language_model,
+    beside: Mapping[str, str | None] | None = None,
+) -> Inputs:
     """Read the tokenizer and the data of a supervised command.
 
     Args:
         dataset: the class of the rows, called as ``dataset(rows, tokenizer, config.data, name)``.
         stopping: when a mixture ends: ``"first_exhausted"`` or ``"all_exhausted"``.
         check: what the model folder must pass, of :mod:`openrlhf.models.suitability`.
+        beside: flag -> path of language models that read the same token ids; None where there is none.
 
     Raises:
         DataError: the model folder, the tokenizer or a row cannot be used.
@@ -43,6 +54,10 @@ def read_inputs(config: Any, dataset: type, stopping: str, check: Callable = che
         trust_remote_code=model.trust_remote_code,
         chat_template=data.tokenizer_chat_template,
     )
+    for flag, path in (beside or {}).items():
+        if path and path != model.pretrain:
+            check_language_model(path, trust_remote_code=model.trust_remote_code, flag=flag)
+            check_vocabulary(path, tokenizer, model, flag)
     train_rows, eval_rows = load_train_eval(data, config.batch.seed, stopping)
     train = dataset(train_rows, tokenizer, data, f"--dataset {data.dataset}")
     return Inputs(tokenizer, train, _evaluation(eval_rows, dataset, tokenizer, data))

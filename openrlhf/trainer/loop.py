@@ -111,8 +111,8 @@ class Trainer:
         """Return the loss of one micro-batch; evaluation calls it too, without gradients."""
         raise NotImplementedError
 
-    def prepare(self, batches: list) -> None:
-        """Look at all micro-batches of a step before its first backward; most algorithms need not."""
+    def prepare(self, rows: list[list[int]]) -> None:
+        """Look at the rows of this rank's micro-batches before the first backward of a step; most need not."""
 
     def before_export(self) -> None:
         """Bring up to date what an export holds beside the weights; called before each, and after the last step."""
@@ -283,7 +283,7 @@ class Trainer:
         Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
         """
         batches = [self._collate(self.train_data, micro) for micro in rows]
-        self.prepare(batches)
+        self.prepare(rows)
         weight, micro_batches, is_long = self._agree_on_step(rows, batches)
         share = weight / micro_batches
         sums, losses = MetricSums(), []

@@ -40,12 +40,14 @@ def raw(content: bytes, name: str = "data.jsonl") -> Callable[[Path], str]:
     return write
 
 
-def model(change: Callable[[Path], object], name: str = "model") -> Callable[[Path], str]:
+def model(
+    change: Callable[[Path], object], name: str = "model", rows: list[dict] | None = None
+) -> Callable[[Path], str]:
     """Return a function that changes the copy of a model folder, writes good rows and gives their file."""
 
     def write(folder: Path) -> str:
         change(folder / name)
-        return lines(*GOOD)(folder)
+        return lines(*(rows or GOOD))(folder)
 
     return write
 
@@ -86,6 +88,15 @@ def other_words(folder: Path) -> None:
     tokenizer = tiny_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|other|>"]})
     tokenizer.save_pretrained(folder)
+
+
+def swapped_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    *_, first, second = words
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(tokenizer))
 
 
 def removed(name: str) -> Callable[[Path], object]:
@@ -343,12 +354,55 @@ MODELS = [
     Case("no critic", PPO + " --critic_pretrain ./c", lines(*GOOD), (r"--critic_pretrain \./c: there is no such",)),
     Case("offline hub", SFT.replace("model", "somebody/none"), lines(*GOOD), (r"--pretrain somebody/none: ",)),
 ]
-CASES = DATA + MODELS
+DPO = "train_dpo --pretrain model --dataset {data} --prompt_key input --chosen_key output"
+KTO = "train_kto --pretrain model --dataset {data} --output_key output"
+KD = "train_kd --pretrain model --teacher_model teacher --dataset {data}"
+PRM = "train_prm --pretrain model --dataset {data} --placeholder_token * --reward_tokens + -"
+PAIRS = [{**row, "rejected": "No."} for row in GOOD]
+LABELLED = [{**row, "label": True} for row in GOOD]
+STEPS = [{"input": "2 * 3 *", "label": ["+", "-"]}]
+FAMILY = [
+    Case("dpo without rejected answers", DPO, lines(*GOOD), (r"data\.jsonl:1: no key 'rejected'", "--rejected_key")),
+    Case(
+        "another reference",
+        DPO + " --ref_pretrain rm",
+        lines(*PAIRS),
+        (r"--ref_pretrain rm: this is a reward model",),
+    ),
+    Case(
+        "reference of another vocabulary",
+        DPO + " --ref_pretrain teacher",
+        model(other_words, "teacher", rows=PAIRS),
+        (r"--ref_pretrain teacher: ",),
+    ),
+    Case("no reference", DPO + " --ref_pretrain ./r", lines(*PAIRS), (r"--ref_pretrain \./r: there is no such",)),
+    Case("kto without labels", KTO, lines(*GOOD), (r"data\.jsonl:1: no key 'label'", "--label_key")),
+    Case("odd label", KTO, lines(*[{**row, "label": 3} for row in GOOD]), (r"row 0: 'label' \(--label_key\) is 3",)),
+    Case("two types of labels", KTO, lines(LABELLED[0], {**GOOD[0], "label": 1}), (r"data\.jsonl:2: 'label' is a n",)),
+    Case(
+        "no teacher", KD.replace("teacher --d", "./t --d"), lines(*GOOD), (r"--teacher_model \./t: there is no such",)
+    ),
+    Case(
+        "teacher of another vocabulary",
+        KD,
+        model(swapped_words, "teacher"),
+        (r"--teacher_model teacher: its vocabulary differs from that of --pretrain model",),
+    ),
+    Case(
+        "a reward model as teacher", KD.replace("teacher --d", "rm --d"), lines(*GOOD), (r"--teacher_model rm: this",)
+    ),
+    Case("prm without labels", PRM, lines(*GOOD), (r"data\.jsonl:1: no key 'label'", "--label_key")),
+    Case("long placeholder", PRM.replace("*", "ab-ab"), lines(*STEPS), (r"--placeholder_token: 'ab-ab' is",), 2),
+    Case("foreign label", PRM, lines({**STEPS[0], "label": ["+", "?"]}), (r"row 0.*'\?' is not one of --reward_tok",)),
+    Case("steps without labels", PRM, lines({**STEPS[0], "label": []}), (r"1 dropped .another number of labels",)),
+]
+CASES = DATA + MODELS + FAMILY
 
 
 def good_models(folder: Path) -> Path:
     """Make the models and the reward file that every case starts from."""
     tiny_folder(folder / "model")
+    tiny_folder(folder / "teacher", hidden=48)
     tiny_reward_model(folder / "rm")
     reward_file(folder)
     return folder

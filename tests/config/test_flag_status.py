@@ -7,9 +7,10 @@ import pytest
 from openrlhf.config.arguments import parse
 from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, no_effect_notices, status
 from openrlhf.config.flags import flag_table
-from openrlhf.config.groups import DeepSpeedConfig, RewardModelConfig, SFTConfig
+from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig, RolloutConfig
+from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy.deepspeed_config import train_config
 
@@ -28,8 +29,11 @@ ASKED = {
 }
 
 
+COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, PPOConfig)
+
+
 def test_every_listed_flag_exists():
-    known = {name for command in (SFTConfig, RewardModelConfig, PPOConfig) for name in flag_table(command)}
+    known = {name for command in COMMANDS for name in flag_table(command)}
     assert set(NOT_YET) | set(NO_EFFECT_HERE) <= known
     assert set(ASKED) == set(NOT_YET)
     assert not set(NOT_YET) & set(NO_EFFECT_HERE)
@@ -66,7 +70,7 @@ def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
 
 
 def test_help_shows_the_status_of_a_flag(capsys):
-    for config_class in (PPOConfig, RewardModelConfig, SFTConfig):
+    for config_class in COMMANDS:
         print_help(config_class, config_class.__name__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*NOT_YET, *NO_EFFECT_HERE):
@@ -126,6 +130,9 @@ NO_USE = [
     ("train_sft", "--zpg 2"),
     ("train_sft", "--disable_ds_ckpt --save_steps 5"),
     ("train_rm", "--loss logexp --margin_loss"),
+    ("train_dpo", "--target_margin 1"),
+    ("train_dpo", "--loss simpo --beta 2 --ref_pretrain r"),
+    ("train_dpo", "--loss orpo --precompute_ref_log_probs"),
     ("train_ppo_ray", "--advantage_estimator reinforce --critic_pretrain c"),
     ("train_ppo_ray", "--advantage_estimator reinforce --lambd 0.9"),
     ("train_ppo_ray", "--enforce_eager"),
@@ -141,8 +148,18 @@ NO_USE = [
 
 @pytest.mark.parametrize(("command", "words"), NO_USE, ids=[" ".join(row) for row in NO_USE])
 def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
-    classes = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
-    good = {"train_sft": SFT[:4] if "pretrain_mode" in words else SFT, "train_rm": SFT[:4], "train_ppo_ray": PPO}
+    classes = {
+        "train_sft": SFTConfig,
+        "train_rm": RewardModelConfig,
+        "train_dpo": DPOConfig,
+        "train_ppo_ray": PPOConfig,
+    }
+    good = {
+        "train_sft": SFT[:4] if "pretrain_mode" in words else SFT,
+        "train_rm": SFT[:4],
+        "train_dpo": SFT[:4],
+        "train_ppo_ray": PPO,
+    }
     parse(classes[command], [*good[command], *words.split()], command)
     idle = words.split("--")[-1].split()[0]
     assert f"note: --{idle} has no effect here" in capsys.readouterr().err

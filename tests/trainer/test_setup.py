@@ -16,7 +16,8 @@ from openrlhf.trainer.setup import memory_per_rank
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
-from openrlhf.config.groups import CheckpointConfig, LoggingConfig, SFTConfig
+from openrlhf.config.groups import CheckpointConfig, LoggingConfig
+from openrlhf.config.supervised import SFTConfig
 from openrlhf.trainer.setup import open_run
 
 config = SFTConfig(checkpoint=CheckpointConfig(save_path={save!r}), logging=LoggingConfig(use_wandb="secret-key"))

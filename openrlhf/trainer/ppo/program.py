@@ -12,7 +12,7 @@ from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
 from openrlhf.device import seed_everything
 from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
-from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.strategy.checkpoint import CheckpointManager
@@ -24,7 +24,6 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.models import check_vocabulary
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, Worker
 from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
@@ -55,7 +54,7 @@ class Inputs:
             chat_template=config.prompts.tokenizer_chat_template,
         )
         for path in config.model.reward_models:
-            check_vocabulary(config, path, self.tokenizer)
+            check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
         reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
         self.reward_function = RewardFunction(reward_file) if reward_file else None
         self.true_score = RewardFunction(eval_file) if eval_file else None
