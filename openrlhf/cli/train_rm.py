@@ -17,6 +17,8 @@ from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from openrlhf.trainer.inputs import Inputs
 
 
@@ -26,13 +28,13 @@ def train(config: RewardModelConfig) -> None:
         _train(config, opened)
 
 
-def read(config: RewardModelConfig) -> Inputs:
-    """Return the tokenizer and the data, before any model."""
+def read(config: RewardModelConfig, run_path: Path | None = None) -> Inputs:
+    """Return the tokenizer and the data, before any model; tokenised rows are kept in the run folder."""
     from openrlhf.datasets.reward import PreferenceDataset
     from openrlhf.models.suitability import check_model
     from openrlhf.trainer.inputs import read_inputs
 
-    return read_inputs(config, PreferenceDataset, "all_exhausted", check_model)
+    return read_inputs(config, PreferenceDataset, "all_exhausted", check_model, run_path)
 
 
 def _train(config: RewardModelConfig, opened: Run) -> None:
@@ -43,7 +45,7 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
     from openrlhf.trainer.reward_model import RewardModelTrainer
 
     opened.phase("data preparation")
-    inputs = read(config)
+    inputs = read(config, opened.path)
     with joined_ranks(config) as strategy:
         opened.phase("model")
         classifier = load_value_model(

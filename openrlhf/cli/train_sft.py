@@ -17,6 +17,8 @@ from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run, start_up_lines
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from openrlhf.trainer.inputs import Inputs
 
 
@@ -26,12 +28,12 @@ def train(config: SFTConfig) -> None:
         _train(config, opened)
 
 
-def read(config: SFTConfig) -> Inputs:
-    """Return the tokenizer and the data, before any model."""
+def read(config: SFTConfig, run_path: Path | None = None) -> Inputs:
+    """Return the tokenizer and the data, before any model; tokenised rows are kept in the run folder."""
     from openrlhf.datasets.sft import SFTDataset
     from openrlhf.trainer.inputs import read_inputs
 
-    return read_inputs(config, SFTDataset, "first_exhausted")
+    return read_inputs(config, SFTDataset, "first_exhausted", run_path=run_path)
 
 
 def _train(config: SFTConfig, opened: Run) -> None:
@@ -43,7 +45,7 @@ def _train(config: SFTConfig, opened: Run) -> None:
     from openrlhf.trainer.sft import SFTTrainer
 
     opened.phase("data preparation")
-    inputs = read(config)
+    inputs = read(config, opened.path)
     with joined_ranks(config) as strategy:
         opened.phase("model")
         language_model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)

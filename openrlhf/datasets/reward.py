@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
@@ -14,6 +15,7 @@ from openrlhf.datasets.batch import PreferenceBatch, pad_rows
 from openrlhf.datasets.fields import as_messages, is_blank
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
+from openrlhf.datasets.store import as_floats, as_ints
 from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import UsageError
 
@@ -47,6 +49,7 @@ class PreferenceDataset(TokenisedRows):
             ``apply_chat_template``, ``too_long``, ``special_tokens_in_text``. A column ``margin`` is read when it is
             there.
         name: what messages call the data.
+        cache: file to keep the tokenised pairs in, and to take them from; without it they stay in memory.
 
     Attributes:
         dropped: ``Counter`` of pairs left out, by reason.
@@ -57,31 +60,29 @@ class PreferenceDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no pair is left.
     """
 
+    PARTS = 3
+    """The ids of the two sides, and (prompt of the chosen, prompt of the rejected, the two halves of the margin)."""
     marks = "the answer"
 
-    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data"):
+    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data", cache: Path | None = None):
         render = Renderer(
             tokenizer, data_cfg.input_template, data_cfg.apply_chat_template, data_cfg.special_tokens_in_text
         )
         super().__init__(tokenizer, data_cfg, data_cfg.max_len, render, name)
         self._eos = tokens.eos_of(tokenizer)
-        self._pairs: list[tuple[array, array, int, int, float]] = []
         required = {data_cfg.chosen_key: "--chosen_key", data_cfg.rejected_key: "--rejected_key"}
         if data_cfg.prompt_key:
             required[data_cfg.prompt_key] = "--prompt_key"
-        self._read(rows, required)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
+        self._read(rows, required, cache)
 
     def __getitem__(self, index: int) -> PreferenceRow:
-        chosen, rejected, chosen_prompt, rejected_prompt, margin = self._pairs[index]
-        return PreferenceRow(chosen.tolist(), rejected.tolist(), chosen_prompt, rejected_prompt, margin)
+        chosen, rejected, rest = self._rows[index]
+        return PreferenceRow(chosen.tolist(), rejected.tolist(), *rest[:2].tolist(), float(as_floats(rest[2:])[0]))
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of the longer side of each pair."""
-        return [max(len(pair[0]), len(pair[1])) for pair in self._pairs]
+        return np.maximum(self._rows.lengths(0), self._rows.lengths(1)).tolist()
 
     def collate(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         """Return the pairs padded on the right, chosen rows first; ``loss_mask`` is true on the answers.
@@ -154,4 +155,4 @@ class PreferenceDataset(TokenisedRows):
             return
         if self._keeps(max(len(chosen[0]), len(rejected[0])), number):
             prompts = [min(prompt, len(ids)) for ids, (_, prompt) in zip(sides, (chosen, rejected), strict=True)]
-            self._pairs.append((*(array("i", ids) for ids in sides), *prompts, margin))
+            self._writer.add(*sides, [*prompts, *as_ints([margin])])
