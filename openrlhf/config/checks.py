@@ -6,6 +6,11 @@ import math
 import os
 from collections.abc import Iterable
 
+NO_ANSWER = (
+    "--output_key is missing: name the column of the answer, or give conversations with --apply_chat_template, or raw "
+    "text with --pretrain_mode"
+)
+
 
 def source_problems(name: str, spec: str | None, probs: str | None = None) -> list[str]:
     """Return what is wrong with the comma-separated data sets of ``--<name>`` and their probabilities."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openrlhf.config.checks import (
+    NO_ANSWER,
     missing_model,
     profiled_steps,
     same_key_problems,
@@ -33,6 +34,8 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 EVERYTHING = 100_000_000
+SELF_EXPLAINING = ("input", "prompt", "messages")
+"""Input columns whose data may say by itself where the answer is; see openrlhf.datasets.formats."""
 TOO_LONG = ("cut", "drop", "error")
 SPELLED = ("text", "token", "error")
 TOO_LONG_HELP = "Rows with more tokens than the limit: cut them, drop them, or stop with an error."
@@ -53,7 +56,7 @@ class ModelConfig:
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the reentrant variant of checkpointing.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the model folder.")
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
-    use_ms: bool = flag(False, "Load models and data sets from ModelScope.")
+    use_ms: bool = flag(False, "Take models and data sets that are not on this machine from ModelScope.")
 
 
 @dataclass(frozen=True)
@@ -184,11 +187,9 @@ class SFTDataConfig(DataConfig):
             found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing; drop one")
         if not self.pretrain_mode:
             found += same_key_problems(input_key=self.input_key, output_key=self.output_key)
-        if not (self.output_key or self.apply_chat_template or self.pretrain_mode):
-            found.append(
-                "--output_key is missing: name the column of the answer, or give conversations with "
-                "--apply_chat_template, or raw text with --pretrain_mode"
-            )
+        said = self.output_key or self.apply_chat_template or self.pretrain_mode
+        if not said and (self.dataset is None or self.input_key not in SELF_EXPLAINING):
+            found.append(NO_ANSWER)
         return found
 
 

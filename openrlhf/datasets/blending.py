@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.config.checks import probability_problems
-from openrlhf.datasets.sources import load_split
+from openrlhf.datasets.formats import Keys, with_standard_keys
+from openrlhf.datasets.sources import first_row, load_split
 from openrlhf.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +74,20 @@ def load_train_eval(data_cfg: Any, seed: int, stopping: str) -> tuple[Dataset, D
         splits = (data_cfg.train_split, data_cfg.eval_split)
         evaluation = _eval_beside_train(data_cfg.dataset, probs, *splits, **common)
     return train, evaluation
+
+
+def recognised(cfg: Any, formats: Sequence[Keys], spec: str, split: str, flag: str = "--dataset") -> Any:
+    """Return ``cfg`` with the keys of the standard format that the first source of ``spec`` has; a notice says which.
+
+    Without any the keys stay as they are. ``formats`` are those of :mod:`openrlhf.datasets.formats`.
+    """
+    if not formats:
+        return cfg
+    row = first_row(_names(spec, flag)[0], split, flag=flag)
+    recognised_cfg, words = with_standard_keys(cfg, formats, row)
+    if words:
+        logger.warning("%s %s: its columns say what they hold, read with %s", flag, spec, words)
+    return recognised_cfg
 
 
 def required_keys(cfg: Any, **more: str | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from openrlhf.datasets import tokens
 from openrlhf.datasets.batch import PreferenceBatch, pad_rows
 from openrlhf.datasets.fields import as_messages, is_blank
+from openrlhf.datasets.formats import PAIRS, shared_prompt
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.store import as_floats, as_ints
@@ -60,6 +61,7 @@ class PreferenceDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no pair is left.
     """
 
+    FORMATS = PAIRS
     PARTS = 3
     """The ids of the two sides, and (prompt of the chosen, prompt of the rejected, the two halves of the margin)."""
     marks = "the answer"
@@ -118,22 +120,26 @@ class PreferenceDataset(TokenisedRows):
             if any(map(is_blank, answers)):
                 self.dropped["empty answer"] += 1
                 continue
-            texts += [self._side(row, answer, self._where(number)) for answer in answers]
+            texts += self._sides(row, *answers, self._where(number))
             kept.append((number, float(row.get("margin") or 0)))
         sides = [self._close(*pieces) for pieces in tokens.tokenize_pieces(self.tokenizer, texts)]
         for chosen, rejected, (number, margin) in zip(sides[::2], sides[1::2], kept, strict=True):
             self._store(chosen, rejected, number, margin)
 
-    def _side(self, row: dict, answer: Any, where: str) -> tuple[str, str]:
-        """Return ``(prompt text, answer text)``; without ``--prompt_key`` a conversation brings its own prompt."""
+    def _sides(self, row: dict, chosen: Any, rejected: Any, where: str) -> list[tuple[str, str]]:
+        """Return ``(prompt text, answer text)`` of both sides.
+
+        Without ``--prompt_key`` the prompt of two conversations is what they share before they part.
+        """
         if self.cfg.prompt_key:
-            return self._render.pair(row[self.cfg.prompt_key], answer, where)
+            return [self._render.pair(row[self.cfg.prompt_key], answer, where) for answer in (chosen, rejected)]
         if not self.cfg.apply_chat_template:
-            return "", self._render.text(answer, where).rstrip("\n")
-        if isinstance(answer, str):
+            return [("", self._render.text(answer, where).rstrip("\n")) for answer in (chosen, rejected)]
+        if isinstance(chosen, str) or isinstance(rejected, str):
             raise UsageError(f"{where}: with --apply_chat_template text answers need --prompt_key (or message lists)")
-        messages = as_messages(answer, "assistant", where)
-        return self._render.pair(messages[:-1], messages[-1:], where)
+        sides = [as_messages(answer, "assistant", where) for answer in (chosen, rejected)]
+        start = shared_prompt(*sides)
+        return [self._render.pair(messages[:start], messages[start:], where) for messages in sides]
 
     def _close(self, prompt: list[int], answer: list[int]) -> tuple[list[int], int]:
         """Return ``(ids that end with one eos, prompt length)``, not yet cut."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from openrlhf.datasets.cache import cache_key, kept_rows
 from openrlhf.datasets.fields import check_keys, check_row
+from openrlhf.datasets.formats import Keys
 from openrlhf.datasets.store import RowStore, RowWriter
 from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import DataError
@@ -40,6 +41,8 @@ class TokenisedRows:
         truncated: number of rows cut at ``limit``.
     """
 
+    FORMATS: ClassVar[Sequence[Keys]] = ()
+    """Standard formats of the rows, of :mod:`openrlhf.datasets.formats`."""
     PARTS: ClassVar[int] = 0
     COUNTED: ClassVar[tuple[str, ...]] = ("truncated",)
     """Attributes that count what became of rows, beside ``dropped``."""

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from openrlhf.config.checks import NO_ANSWER
 from openrlhf.datasets import tokens
 from openrlhf.datasets.batch import TokenBatch, pad_rows
 from openrlhf.datasets.fields import as_messages, assistant_turns, is_blank
+from openrlhf.datasets.formats import DEMONSTRATIONS
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.templates import Renderer
@@ -62,6 +64,7 @@ class SFTDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no row is left.
     """
 
+    FORMATS = DEMONSTRATIONS
     PARTS = 2
     """Token ids, and the first and last position of each trained span."""
     COUNTED = ("truncated", "_split_rows")
@@ -69,6 +72,8 @@ class SFTDataset(TokenisedRows):
 
     def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data", cache: Path | None = None):
         raw_text = data_cfg.pretrain_mode
+        if not (data_cfg.output_key or data_cfg.apply_chat_template or raw_text):
+            raise UsageError(NO_ANSWER)
         render = Renderer(
             tokenizer,
             None if raw_text else data_cfg.input_template,

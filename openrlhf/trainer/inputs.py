@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openrlhf.datasets.blending import load_train_eval
+from openrlhf.datasets.blending import load_train_eval, recognised
 from openrlhf.datasets.rows import NothingUsable
 from openrlhf.models.suitability import check_language_model
 from openrlhf.models.tokenizer import load_tokenizer
@@ -56,6 +56,7 @@ def read_inputs(
         trust_remote_code=model.trust_remote_code,
         chat_template=data.tokenizer_chat_template,
     )
+    data = recognised(data, dataset.FORMATS, data.dataset, data.train_split)
     train_rows, eval_rows = load_train_eval(data, config.batch.seed, stopping)
     train = _in(run_path, "train", dataset)(train_rows, tokenizer, data, f"--dataset {data.dataset}")
     return Inputs(tokenizer, train, _evaluation(eval_rows, _in(run_path, "eval", dataset), tokenizer, data))
