@@ -64,7 +64,7 @@ def kept_rows(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
+        with alone(path):
             found = _open(path, key, parts)
             if found is None:
                 _write(path, key, parts, make)
@@ -99,7 +99,7 @@ def _write(path: Path, key: str, parts: int, make: Callable[[RowWriter], dict[st
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Wait until no other process works on ``path``. The lock ends with its process; a disk may have none."""
     with path.with_name(f"{path.name}.lock").open("wb") as file:
         while True:
