@@ -40,9 +40,9 @@ class RowStore:
     def __getitem__(self, index: int) -> list[np.ndarray]:
         """Return the ``P`` parts of a row."""
         index = range(len(self))[index]
-        start = self._ends[index - 1, -1] if index else 0
-        edges = [start, *self._ends[index]]
-        return [self._values[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+        start = int(self._ends[index - 1, -1]) if index else 0
+        ends = self._ends[index].tolist()
+        return [self._values[first:last] for first, last in zip([start, *ends[:-1]], ends, strict=True)]
 
     def lengths(self, part: int) -> np.ndarray:
         """Return the length of one part of every row."""
