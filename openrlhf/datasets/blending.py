@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.config.checks import probability_problems
-from openrlhf.datasets.formats import Keys, with_standard_keys
+from openrlhf.datasets.formats import KEYS, Keys, with_standard_keys
 from openrlhf.datasets.sources import first_row, load_split
 from openrlhf.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-KEY_FLAGS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key")
 EVAL_SHARE = 0.03
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def recognised(cfg: Any, formats: Sequence[Keys], spec: str, split: str, flag: s
 def required_keys(cfg: Any, **more: str | None) -> dict[str, str]:
     """Return ``{key: flag}`` for every key flag that ``cfg`` sets; ``more`` adds keys of other groups by flag name."""
     raw_text = getattr(cfg, "pretrain_mode", False)
-    named = {name: getattr(cfg, name, None) for name in KEY_FLAGS if not (raw_text and name == "output_key")} | more
+    named = {name: getattr(cfg, name, None) for name in KEYS if not (raw_text and name == "output_key")} | more
     return {key: f"--{name}" for name, key in named.items() if key}
 
 

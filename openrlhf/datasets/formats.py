@@ -25,8 +25,8 @@ PAIRS: tuple[Keys, ...] = (
     {"prompt_key": None, "chosen_key": "chosen", "rejected_key": "rejected"},
 )
 UNPAIRED: tuple[Keys, ...] = ({"input_key": "prompt", "output_key": "completion", "label_key": "label"},)
-STEPWISE: tuple[Keys, ...] = ({"input_key": "prompt", "output_key": "completions", "label_key": "labels"},)
-KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key")
+STEPWISE: tuple[Keys, ...] = ({"input_key": "prompt", "steps_key": "completions", "label_key": "labels"},)
+KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key", "steps_key")
 
 
 def recognise(cfg: Any, formats: Sequence[Keys], columns: Collection[str]) -> dict[str, str | None]:

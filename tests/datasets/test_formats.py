@@ -9,7 +9,7 @@ import pytest
 
 from openrlhf.config.groups import PreferenceDataConfig, SFTDataConfig
 from openrlhf.config.ppo import PromptDataConfig
-from openrlhf.datasets.blending import load_train_eval, recognised
+from openrlhf.datasets.blending import load_mixture, load_train_eval, recognised
 from openrlhf.datasets.formats import (
     DEMONSTRATIONS,
     PAIRS,
@@ -40,8 +40,16 @@ class UnpairedConfig:
 
 
 @dataclass(frozen=True)
+class AnswerConfig:
+    input_key: str = "input"
+    output_key: str | None = "output"
+    apply_chat_template: bool = False
+
+
+@dataclass(frozen=True)
 class StepConfig:
     input_key: str = "input"
+    steps_key: str | None = None
     label_key: str = "label"
     apply_chat_template: bool = False
 
@@ -125,11 +133,27 @@ def test_unpaired_answers_and_solutions_in_steps():
     talk = {"prompt": [USER], "completion": [BOT], "label": False}
     assert "--apply_chat_template" in keys_of(UnpairedConfig(), UNPAIRED, talk)[1]
     steps = {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}
-    assert recognise(StepConfig(), STEPWISE, steps) == {
-        "input_key": "prompt", "output_key": "completions", "label_key": "labels"
-    }  # fmt: skip
-    assert keys_of(StepConfig(), STEPWISE, steps)[0] == {"input_key": "prompt", "label_key": "labels"}
+    keys, words = keys_of(StepConfig(), STEPWISE, steps)
+    assert words == "--input_key prompt --steps_key completions --label_key labels"
+    assert (steps[keys["steps_key"]], steps[keys["label_key"]]) == (["b", "c"], [True, False])
     assert recognise(StepConfig(), STEPWISE, {**steps, "input": "x"}) == {}
+
+
+def test_steps_and_labels_come_through_a_file_as_lists(write_lines):
+    steps = {"prompt": "a", "completions": ["b", "c"], "labels": [True, False], "more": 1}
+    required = {"prompt": "--input_key", "completions": "--steps_key", "labels": "--label_key"}
+    path = write_lines("a.jsonl", [steps] * 2)
+    data = load_mixture(
+        str(path), None, split="train", max_samples=9, seed=0, stopping="first_exhausted", required=required
+    )
+    assert data[0] == {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}
+
+
+def test_a_format_may_take_the_default_of_a_key_away():
+    talk = {"messages": [USER, BOT]}
+    keys, words = keys_of(AnswerConfig(), DEMONSTRATIONS, talk)
+    assert (keys["output_key"], words) == (None, "--input_key messages --apply_chat_template")
+    assert keys_of(AnswerConfig(), DEMONSTRATIONS, talk | {"output": "x"})[1] == ""
 
 
 def test_a_solution_in_steps_becomes_a_text_with_a_placeholder_a_step():
