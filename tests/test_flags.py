@@ -56,7 +56,7 @@ EXTRA = {
     | PACKING
     | {"lr_scheduler", "tokenizer_chat_template", "precompute_ref_log_probs"},
     "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
-    "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard"},
+    "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
     "train_ppo_ray": {
         *EVERYWHERE,
         *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),

@@ -21,12 +21,10 @@ class NotYet:
     Attributes:
         why: one sentence for the user.
         asks: whether a value asks for it; by default every value but the default does.
-        dry_run: whether ``--dry_run`` is an error too.
     """
 
     why: str
     asks: Callable[[Any], bool] | None = None
-    dry_run: bool = True
 
     def asked(self, value: Any, default: Any) -> bool:
         return self.asks(value) if self.asks else value != default
@@ -78,7 +76,6 @@ NOT_YET = {
     "ring_attn_size": NotYet(_RING),
     "ring_head_stride": NotYet(_RING),
     "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
-    "use_ms": NotYet("loading from ModelScope is not built yet; use a local folder or a hub name", dry_run=False),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
@@ -88,7 +85,7 @@ _TEMPLATE = NoEffect(
     "--apply_chat_template and --pretrain_mode do without it",
     lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
 )
-_CHAT = NoEffect("it needs --apply_chat_template", _unset("apply_chat_template"))
+_CHAT = NoEffect("it needs --apply_chat_template, or rows of messages", _unset("apply_chat_template"))
 _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
@@ -154,6 +151,7 @@ NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
+    "use_ms": ("modelscope", "modelscope"),
 }
 """What a flag needs when it is set: the module, and what pip calls it."""
 
@@ -182,12 +180,12 @@ def missing_packages(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any], dry_run: bool) -> list[str]:
+def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Return one problem for each flag that asks for something not built yet."""
     return [
         f"--{name}: {entry.why}"
         for name, entry in NOT_YET.items()
-        if name in values and entry.asked(values[name], defaults[name]) and (entry.dry_run or not dry_run)
+        if name in values and entry.asked(values[name], defaults[name])
     ]
 
 

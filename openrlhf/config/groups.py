@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openrlhf.config.checks import (
+    NO_DEMONSTRATION,
+    answer_problems,
     profiled_steps,
     same_key_problems,
     source_problems,
@@ -51,7 +53,7 @@ class ModelConfig:
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the reentrant variant of checkpointing.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the model folder.")
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
-    use_ms: bool = flag(False, "Load models and data sets from ModelScope.")
+    use_ms: bool = flag(False, "Take models and data sets that are not on this machine from ModelScope.")
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,8 @@ class SFTDataConfig(DataConfig):
             found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing; drop one")
         if not self.pretrain_mode:
             found += same_key_problems(input_key=self.input_key, output_key=self.output_key)
-        if not (self.output_key or self.apply_chat_template or self.pretrain_mode):
-            found.append(
-                "--output_key is missing: name the column of the answer, or give conversations with "
-                "--apply_chat_template, or raw text with --pretrain_mode"
-            )
-        return found
+        said = self.output_key or self.apply_chat_template or self.pretrain_mode
+        return found + answer_problems(self, said, NO_DEMONSTRATION)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from openrlhf.config.algorithms import PAIR_LOSSES, PairLoss
-from openrlhf.config.checks import missing_model, same_key_problems
+from openrlhf.config.checks import NO_ANSWER, answer_problems, missing_model, same_key_problems
 from openrlhf.config.flags import flag
 from openrlhf.config.groups import (
     AttentionConfig,
@@ -165,9 +165,7 @@ class UnpairedDataConfig(DataConfig):
     def problems(self) -> list[str]:
         keys = {"input_key": self.input_key, "output_key": self.output_key, "label_key": self.label_key}
         found = super().problems() + same_key_problems(**keys)
-        if not (self.output_key or self.apply_chat_template):
-            found.append("--output_key is missing: name the column of the answer, or give --apply_chat_template")
-        return found
+        return found + answer_problems(self, self.output_key or self.apply_chat_template, NO_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -222,6 +220,7 @@ class ProcessDataConfig(DataConfig):
     """Data."""
 
     input_key: str = flag("input", "Column of the text, which holds --placeholder_token after every step.")
+    steps_key: str | None = flag(None, "Column of the answer as a list of steps; default is --input_key holds them.")
     label_key: str = flag("label", "Column of the labels, a list with one for every step.")
     placeholder_token: str | None = flag(None, "The token that stands at the end of every step.")
     reward_tokens: tuple[str, ...] | None = flag(
@@ -229,7 +228,8 @@ class ProcessDataConfig(DataConfig):
     )
 
     def problems(self) -> list[str]:
-        found = super().problems() + same_key_problems(input_key=self.input_key, label_key=self.label_key)
+        keys = {"input_key": self.input_key, "steps_key": self.steps_key, "label_key": self.label_key}
+        found = super().problems() + same_key_problems(**keys)
         if not self.placeholder_token:
             found.append("--placeholder_token is missing: name the token that stands at the end of every step")
         tokens = self.reward_tokens or ()

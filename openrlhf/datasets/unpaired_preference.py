@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from openrlhf.config.checks import NO_ANSWER
 from openrlhf.datasets.batch import UnpairedBatch
+from openrlhf.datasets.formats import UNPAIRED
 from openrlhf.datasets.sft import SFTDataset, SFTRow
 from openrlhf.errors import DataError
 
@@ -37,21 +40,25 @@ class UnpairedPreferenceDataset(SFTDataset):
         DataError: a key is missing, a value has the wrong type, a label is neither true nor false, no row is left.
     """
 
+    FORMATS = UNPAIRED
+    PARTS = 3
+    """Token ids, the first and last position of the answer, and the label."""
     marks = "the answer"
+    no_answer = NO_ANSWER
 
-    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data"):
+    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data", cache: Path | None = None):
         self._label_of: dict[int, bool] = {}
-        self._labels: list[bool] = []
-        super().__init__(rows, tokenizer, data_cfg, name)
+        super().__init__(rows, tokenizer, data_cfg, name, cache)
 
     def __getitem__(self, index: int) -> UnpairedRow:
         row = super().__getitem__(index)
-        return UnpairedRow(row.token_ids, row.loss_mask, row.tokenizer, self._labels[index])
+        return UnpairedRow(row.token_ids, row.loss_mask, row.tokenizer, self._desirable(index))
 
     def mismatched(self, prompt: int, answer: int) -> UnpairedRow:
         """Return the prompt of one row with the answer of another, cut at ``max_len``."""
-        start, donor = self._spans[prompt][0][0], self._spans[answer][0][0]
-        ids = (self._ids[prompt][:start] + self._ids[answer][donor:]).tolist()[: self.limit]
+        (asked, span, _), (said, donor, _) = self._rows[prompt], self._rows[answer]
+        start = int(span[0])
+        ids = [*asked[:start].tolist(), *said[donor[0] :].tolist()][: self.limit]
         return UnpairedRow(ids, [t >= start for t in range(1, len(ids))], self.tokenizer, False)
 
     def collate(self, rows: Sequence[UnpairedRow]) -> UnpairedBatch:
@@ -63,7 +70,7 @@ class UnpairedPreferenceDataset(SFTDataset):
     def preview(self, index: int) -> list[str]:
         """Return one line that shows a row with its label and the answer marked."""
         (line,) = super().preview(index)
-        return [f"{'desirable  ' if self._labels[index] else 'undesirable'} {line}"]
+        return [f"{'desirable  ' if self._desirable(index) else 'undesirable'} {line}"]
 
     def _required(self) -> dict[str, str]:
         return super()._required() | {self.cfg.label_key: "--label_key"}
@@ -72,10 +79,11 @@ class UnpairedPreferenceDataset(SFTDataset):
         self._label_of = {number: self._label(row[self.cfg.label_key], number) for number, row in batch}
         super()._add(batch)
 
-    def _store(self, number: int, *row: Any) -> None:
-        before = len(self)
-        super()._store(number, *row)
-        self._labels += [self._label_of[number]] * (len(self) - before)
+    def _beside(self, number: int) -> list[list[int]]:
+        return [[int(self._label_of[number])]]
+
+    def _desirable(self, index: int) -> bool:
+        return bool(self._rows[index][2][0])
 
     def _label(self, value: Any, number: int) -> bool:
         words = str(value).strip().lower()

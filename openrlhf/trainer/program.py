@@ -64,15 +64,15 @@ class Recipe:
     check: Callable[..., Any] = check_language_model
     beside: Mapping[str, str | None] | None = None
 
-    def read(self, config: Any) -> Inputs:
-        """Return the tokenizer and the data, before any model."""
-        return read_inputs(config, self.dataset, self.mixing, self.check, self.beside)
+    def read(self, config: Any, run_path: Path | None = None) -> Inputs:
+        """Return the tokenizer and the data, before any model; tokenised rows are kept in the run folder."""
+        return read_inputs(config, self.dataset, self.mixing, self.check, self.beside, run_path)
 
 
 def train(config: Any, opened: Run, recipe: Recipe) -> None:
     """Train as ``config`` and ``recipe`` say, on this rank. Raises the errors of :mod:`openrlhf.errors`."""
     opened.phase("data preparation")
-    inputs = recipe.read(config)
+    inputs = recipe.read(config, opened.path)
     with joined_ranks(config) as strategy:
         opened.phase("model")
         model = recipe.model(config, strategy, inputs)

@@ -15,6 +15,7 @@ from tests.trainer.ppo.harness import reward_file, tiny_reward_model
 GOOD = [{"input": f"What is {i} + 30?", "output": f"It is {i + 30}."} for i in range(4)]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 SFT = "train_sft --pretrain model --dataset {data} --output_key output"
+STANDARD = "train_sft --pretrain model --dataset {data}"
 RM = "train_rm --pretrain model --dataset {data} --prompt_key input --chosen_key output"
 PPO = "train_ppo_ray --pretrain model --reward_pretrain rm --prompt_data {data}"
 
@@ -266,6 +267,49 @@ DATA = [
         lines(*GOOD),
         (r"row 0: .*--prompt_key",),
         2,
+    ),
+    Case("no answer named", STANDARD, lines(*GOOD), (r"--output_key is missing: name the column",), 2),
+    Case(
+        "messages without a chat template",
+        STANDARD,
+        lambda folder: without_template(folder / "model") or lines({"messages": CHAT})(folder),
+        (r"--apply_chat_template: the tokenizer of .* has no chat template", "--tokenizer_chat_template"),
+    ),
+    Case(
+        "messages of another form",
+        STANDARD,
+        lines({"messages": [{"from": "human", "value": "x"}]}),
+        (r"data\.jsonl:1: 'messages' .*role and content; found: from, value",),
+    ),
+    Case(
+        "messages without an answer",
+        STANDARD,
+        lines({"messages": CHAT[:1]}),
+        (r"no row can be used; 1 dropped .last message is not the assistant's: 1",),
+    ),
+    Case(
+        "a completion of another type",
+        STANDARD,
+        lines({"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": CHAT[1:]}),
+        (r"data\.jsonl:2: 'completion' is a list here and a str in .*data\.jsonl:1",),
+    ),
+    Case(
+        "a pair without its other half",
+        STANDARD.replace("sft", "rm"),
+        lines({"prompt": "x", "chosen": "y", "rejected": "z"}, {"prompt": "x", "chosen": "y"}),
+        (r"data\.jsonl:2: no key 'rejected'; found: prompt, chosen",),
+    ),
+    Case(
+        "a prompt that is a number",
+        STANDARD.replace("sft", "rm"),
+        lines({"prompt": 7, "chosen": "y", "rejected": "z"}),
+        (r"data\.jsonl:1: 'prompt' \(--prompt_key\): expected text",),
+    ),
+    Case(
+        "a second data set of another form",
+        STANDARD + ",other.jsonl --dataset_probs .5,.5",
+        lambda folder: lines(*GOOD, name="other.jsonl")(folder) and lines({"messages": CHAT})(folder),
+        (r"other\.jsonl:1: no key 'messages'; found: input, output; set --input_key",),
     ),
     Case("no label", PPO + " --label_key gold", lines(*GOOD), (r"data\.jsonl:1: no key 'gold'.*--label_key",)),
     Case("empty prompts", PPO, lines({"input": ""}), (r"--prompt_data data\.jsonl: no row can be used; 1 dropped",)),

@@ -22,7 +22,6 @@ ASKED = {
     "ring_attn_size": ["2"],
     "ring_head_stride": ["2"],
     "aux_loss_coef": ["0.01"],
-    "use_ms": [],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
@@ -46,7 +45,7 @@ def test_a_flag_that_is_not_built_yet_is_an_error(name):
     assert caught.value.problems == [f"--{name}: {NOT_YET[name].why}"]
 
 
-@pytest.mark.parametrize("name", [name for name in NOT_YET if name != "use_ms"])
+@pytest.mark.parametrize("name", NOT_YET)
 def test_a_dry_run_refuses_it_too(name):
     with pytest.raises(UsageError):
         parse(PPOConfig, [*PPO, "--dry_run", f"--{name}", *ASKED[name]], "train_ppo_ray")
@@ -188,6 +187,7 @@ def test_deepspeed_never_hears_of_flags_that_its_stage_does_not_have(stage):
         ),
         ("wandb", "--use_wandb True", "--use_wandb needs wandb, which is not installed: pip install 'wandb'"),
         ("tensorboard", "--use_tensorboard t", "--use_tensorboard needs tensorboard"),
+        ("modelscope", "--use_ms", "--use_ms needs modelscope, which is not installed: pip install 'modelscope'"),
         ("deepspeed", "", "the package deepspeed is not installed: pip install openrlhf"),
         ("ray", "", "the package ray is not installed: pip install openrlhf"),
     ],

@@ -126,6 +126,24 @@ def test_a_template_is_filled_with_the_text(chatml):
     assert chatml.decode(data[0].token_ids) == f"Q: {ROW['input']}\n<|im_end|>"
 
 
+STEPS = {"prompt": "1 + 1 + 2?", "completions": ["1 + 1 = 2", "2 + 2 = 5"], "labels": [True, False]}
+KEYS = {"input_key": "prompt", "steps_key": "completions", "label_key": "labels"}
+
+
+def test_steps_in_a_list_are_each_closed_with_the_placeholder(chatml):
+    data = ProcessRewardDataset([STEPS], chatml, config(**KEYS))
+    assert data.preview(0) == ["1 + 1 + 2?\\n1 + 1 = 2 «*»\\n2 + 2 = 5 «*»<|im_end|>", "labels: 1.0 0.0"]
+    data = ProcessRewardDataset([STEPS], chatml, config(**KEYS, input_template="Q: {}"))
+    assert chatml.decode(data[0].token_ids).startswith("Q: 1 + 1 + 2?\n1 + 1 = 2 *")
+
+
+def test_steps_in_a_list_are_the_answer_of_a_conversation(chatml):
+    data = ProcessRewardDataset([STEPS], chatml, config(**KEYS, apply_chat_template=True))
+    text = "<|im_start|>user\n1 + 1 + 2?<|im_end|>\n<|im_start|>assistant\n1 + 1 = 2 *\n2 + 2 = 5 *<|im_end|>"
+    assert chatml.decode(data[0].token_ids) == text
+    assert marked(chatml, data.collate([data[0]])) == (["*", "*"], [1.0, 0.0])
+
+
 def test_the_preview_marks_the_ends_of_steps_and_names_their_labels(chatml):
     data = ProcessRewardDataset([ROW], chatml, config())
     assert data.preview(0) == ["1 + 1 = 2 «*» 2 + 2 = 5 «*»<|im_end|>", "labels: + -"]

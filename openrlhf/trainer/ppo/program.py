@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openrlhf.config.continuing import training_flags
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.datasets.blending import load_mixture, required_keys
+from openrlhf.datasets.blending import load_mixture, recognised, required_keys
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
 from openrlhf.device import seed_everything
@@ -69,7 +69,8 @@ class Inputs:
         return self.config.optimizer_steps(len(self.prompts))
 
     def _load(self, spec: str, probs: str | None, split: str, flag: str) -> PromptDataset:
-        data, reward = self.config.prompts, self.config.reward
+        reward = self.config.reward
+        data = recognised(self.config.prompts, PromptDataset.FORMATS, spec, split, flag)
         rows = load_mixture(
             spec,
             probs,
