@@ -49,6 +49,7 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
         classifier = load_value_model(
             config.model.pretrain,
             config.model,
+            lora=config.lora,
             gather=strategy.gather,
             context=strategy.loading_context,
             value_head_prefix=config.value_head_prefix,

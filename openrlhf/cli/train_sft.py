@@ -46,7 +46,13 @@ def _train(config: SFTConfig, opened: Run) -> None:
     inputs = read(config)
     with joined_ranks(config) as strategy:
         opened.phase("model")
-        language_model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)
+        language_model = load_causal_lm(
+            config.model.pretrain,
+            config.model,
+            lora=config.lora,
+            context=strategy.loading_context,
+            seed=config.batch.seed,
+        )
         model = Actor(language_model, packing_samples=config.attention.packing_samples)
         opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
         engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))

@@ -70,12 +70,9 @@ def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
     return not values["pretrain_data"]
 
 
-_LORA = "adapters are not built yet; train every weight with --lora_rank 0"
 _RING = "ring attention is not built yet; leave it at 1"
 
 NOT_YET = {
-    "lora_rank": NotYet(_LORA),
-    "load_in_4bit": NotYet("4-bit loading is not built yet; leave it out"),
     "ring_attn_size": NotYet(_RING),
     "ring_head_stride": NotYet(_RING),
     "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
@@ -145,6 +142,8 @@ NEEDED = ("torch", "transformers", "datasets", "deepspeed")
 """What every command imports."""
 NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
+    "lora_rank": ("peft", "peft"),
+    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
 }

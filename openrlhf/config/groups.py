@@ -7,7 +7,7 @@ that are its own. ``problems()`` of a group or command returns what is wrong acr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from openrlhf.config.checks import (
     missing_model,
@@ -63,8 +63,26 @@ class LoRAConfig:
     load_in_4bit: bool = flag(False, "Load the base weights as 4-bit NF4 (QLoRA).")
     lora_rank: int = flag(0, "Rank of the adapters; 0 trains every weight.", at_least=0)
     lora_alpha: int = flag(16, "Scale of the adapters; read with --lora_rank.", at_least=1)
-    target_modules: tuple[str, ...] = flag(("all-linear",), "Modules that get adapters; read with --lora_rank.")
+    target_modules: tuple[str, ...] = flag(
+        ("all-linear",),
+        "Linear layers that get adapters, by the ends of their names; all-linear: all but the output head (of a "
+        "mixture of experts neither the router nor experts whose weights are stacked in one tensor).",
+    )
     lora_dropout: float = flag(0.0, "Dropout of the adapters; read with --lora_rank.", at_least=0, at_most=1)
+
+    def problems(self) -> list[str]:
+        if self.load_in_4bit and not self.lora_rank:
+            return [
+                "--load_in_4bit needs --lora_rank: 4-bit weights cannot be trained, only adapters on them; "
+                "add for example --lora_rank 16"
+            ]
+        return []
+
+    def stage_problems(self, zero_stage: int) -> list[str]:
+        """Return what is wrong with 4-bit weights under that ZeRO stage."""
+        if self.load_in_4bit and zero_stage == 3:
+            return ["--load_in_4bit cannot be sharded by --zero_stage 3: use stage 2, or leave the first out"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -273,6 +291,15 @@ def run_folder(save_path: str, run_path: str | None) -> str:
     return run_path or f"{save_path.rstrip('/')}_run"
 
 
+def common_problems(config: Any) -> list[str]:
+    """Return what is wrong across the groups that every training command has."""
+    return [
+        *missing_model(config.model.pretrain),
+        *config.deepspeed.dtype_problems(config.model.bf16),
+        *config.lora.stage_problems(config.deepspeed.zero_stage),
+    ]
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning.
@@ -292,7 +319,7 @@ class SFTConfig:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_sft"))
 
     def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
+        return common_problems(self)
 
 
 @dataclass(frozen=True)
@@ -318,7 +345,7 @@ class RewardModelConfig:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_rm"))
 
     def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
+        return common_problems(self)
 
     def notices(self) -> list[str]:
         if self.loss in ("sigmoid", "logexp"):

@@ -9,7 +9,6 @@ from typing import ClassVar
 from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.checks import (
     file_problems,
-    missing_model,
     source_problems,
     template_problems,
 )
@@ -28,6 +27,7 @@ from openrlhf.config.groups import (
     LoRAConfig,
     ModelConfig,
     OptimConfig,
+    common_problems,
 )
 
 
@@ -287,7 +287,7 @@ class PPOConfig:
         return rollout.num_episodes * steps * batch.max_epochs
 
     def problems(self) -> list[str]:
-        found = missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
+        found = common_problems(self)
         samples, estimator = self.rollout.n_samples_per_prompt, self.algorithm
         if estimator.estimator.needs_group and samples < 2:
             name = estimator.advantage_estimator

@@ -9,11 +9,13 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from openrlhf.errors import UsageError
+from openrlhf.models import adapters
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
 
@@ -59,6 +61,19 @@ class TokenModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained instead of the weights."""
+        return adapters.has_adapters(self.model)
+
+    def without_adapter(self) -> AbstractContextManager:
+        """Let the model compute as its base inside a block; raises UsageError when it has no adapter.
+
+        So the policy is its own reference: ``with torch.no_grad(), actor.without_adapter(): ...``. Inside, nothing
+        is trained. All ranks of a sharded model enter it together.
+        """
+        return adapters.without_adapters(self.model)
 
     def export_name(self, name: str) -> str:
         """Return the name in the saved folder of the transformers model's weight ``name``."""

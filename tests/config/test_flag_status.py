@@ -15,8 +15,6 @@ from openrlhf.errors import UsageError
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
-    "lora_rank": ["8"],
-    "load_in_4bit": [],
     "ring_attn_size": ["2"],
     "ring_head_stride": ["2"],
     "aux_loss_coef": ["0.01"],
@@ -52,7 +50,7 @@ def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
 
 
 def test_the_default_of_such_a_flag_may_be_written():
-    words = ["--lora_rank", "0", "--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
+    words = ["--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
     assert parse(SFTConfig, [*SFT, *words], "train_sft")[0].lora.lora_alpha == 32
 
 
@@ -149,6 +147,8 @@ def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
             "--vllm_num_engines 1",
             "--vllm_num_engines needs vllm, which is not installed: pip install 'openrlhf[vllm]'",
         ),
+        ("bitsandbytes", "--load_in_4bit --lora_rank 8", "--load_in_4bit needs bitsandbytes, which is not installed"),
+        ("peft", "--lora_rank 8", "--lora_rank needs peft, which is not installed: pip install 'peft'"),
         ("wandb", "--use_wandb True", "--use_wandb needs wandb, which is not installed: pip install 'wandb'"),
         ("tensorboard", "--use_tensorboard t", "--use_tensorboard needs tensorboard"),
         ("deepspeed", "", "the package deepspeed is not installed: pip install openrlhf"),
