@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig
 
 SEED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text(encoding="utf-8"))
-COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+COMMANDS = {
+    "train_sft": SFTConfig,
+    "train_rm": RewardModelConfig,
+    "train_ppo_ray": PPOConfig,
+    "lora_combiner": CombinerConfig,
+}
 KINDS = {"int": int, "float": float, "str": str, None: bool}
 
 # (flag, what, OpenRLHF's, ours): why
@@ -30,6 +36,7 @@ EVERYWHERE = {
 }
 EXTRA = {
     "train_sft": EVERYWHERE,
+    "lora_combiner": {"trust_remote_code"},
     "train_rm": EVERYWHERE | {"lr_scheduler", "save_hf_ckpt", "disable_ds_ckpt"},
     "train_ppo_ray": {
         *EVERYWHERE,

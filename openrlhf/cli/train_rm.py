@@ -56,7 +56,11 @@ def _train(config: RewardModelConfig, opened: Run) -> None:
             pad_token_id=inputs.tokenizer.pad_token_id,
             seed=config.batch.seed,
         )
-        model = ValueModel(classifier, packing_samples=config.attention.packing_samples)
+        model = ValueModel(
+            classifier,
+            packing_samples=config.attention.packing_samples,
+            aux_loss_coef=config.model.aux_loss_coef,
+        )
         opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
         engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
         export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)

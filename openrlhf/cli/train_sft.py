@@ -53,7 +53,11 @@ def _train(config: SFTConfig, opened: Run) -> None:
             context=strategy.loading_context,
             seed=config.batch.seed,
         )
-        model = Actor(language_model, packing_samples=config.attention.packing_samples)
+        model = Actor(
+            language_model,
+            packing_samples=config.attention.packing_samples,
+            aux_loss_coef=config.model.aux_loss_coef,
+        )
         opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
         engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
         export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)

@@ -75,13 +75,15 @@ _RING = "ring attention is not built yet; leave it at 1"
 NOT_YET = {
     "ring_attn_size": NotYet(_RING),
     "ring_head_stride": NotYet(_RING),
-    "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
     "use_ms": NotYet("loading from ModelScope is not built yet; use a local folder or a hub name", dry_run=False),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
+_REFERENCE = NoEffect(
+    "with --lora_rank the reference is the policy without its adapter", lambda values, gpu: values["lora_rank"] > 0
+)
 _TEMPLATE = NoEffect(
     "--apply_chat_template and --pretrain_mode do without it",
     lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
@@ -127,6 +129,7 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("wandb_org", "wandb_group", "wandb_project", "wandb_run_name"), _WANDB),
     **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
     "critic_num_gpus_per_node": _CRITIC,
+    **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _REFERENCE),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
@@ -143,6 +146,7 @@ NEEDED = ("torch", "transformers", "datasets", "deepspeed")
 NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
     "lora_rank": ("peft", "peft"),
+    "lora_path": ("peft", "peft"),
     "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),

@@ -55,6 +55,13 @@ class ModelConfig:
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
     use_ms: bool = flag(False, "Load models and data sets from ModelScope.")
 
+    def problems(self) -> list[str]:
+        if self.aux_loss_coef > 0 and self.gradient_checkpointing_use_reentrant:
+            return [
+                "--aux_loss_coef has no gradient through --gradient_checkpointing_use_reentrant: leave the second out"
+            ]
+        return []
+
 
 @dataclass(frozen=True)
 class LoRAConfig:

@@ -271,6 +271,16 @@ class PPOConfig:
     perf: bool = flag(False, "Record the time of each phase.")
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the policy is compared with a reference at all."""
+        return self.algorithm.init_kl_coef > 0 or self.algorithm.kl_target is not None
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a model of its own; with adapters it is the policy without them."""
+        return self.has_reference and not self.lora.lora_rank
+
+    @property
     def critic_source(self) -> str | None:
         """Where the critic starts from; None when the estimator needs none."""
         if not self.algorithm.estimator.needs_critic:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openrlhf.models.attention import switch_attention
-from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, packed_arguments, padded_arguments
-from openrlhf.models.packing import PackedBatch, predicted_places, restore
+from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, padded_arguments
+from openrlhf.models.packing import predicted_places, restore
 from openrlhf.ops.logprobs import log_probs_from_logits, token_log_probs
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class ActorOutput(NamedTuple):
 
     Attributes:
         log_probs: ``(B, T)`` float32, column ``t`` speaks of ``sequences[:, t + 1]``; 0 off the real tokens.
-        aux_loss: the router loss of a mixture of experts; None elsewhere.
+        aux_loss: scalar, the load-balancing loss of a mixture of experts times its coefficient; 0 elsewhere.
     """
 
     log_probs: Tensor
-    aux_loss: Tensor | None = None
+    aux_loss: Tensor
 
 
 class Actor(TokenModel):
@@ -53,12 +53,13 @@ class Actor(TokenModel):
         bf16: bool = True,
         *,
         packing_samples: bool = False,
+        aux_loss_coef: float = 0.0,
     ):
         if isinstance(pretrain_or_model, str):
             from openrlhf.models.loading import load_plain_causal_lm
 
             pretrain_or_model = load_plain_causal_lm(pretrain_or_model, bf16=bf16)
-        super().__init__(pretrain_or_model, packing_samples=packing_samples)
+        super().__init__(pretrain_or_model, packing_samples=packing_samples, aux_loss_coef=aux_loss_coef)
         self.head_is_last = False
 
     def verify(self) -> str | None:
@@ -92,20 +93,15 @@ class Actor(TokenModel):
         chosen = torch.nn.functional.pad(places, (0, 1)).flatten()[batch.indices].nonzero().squeeze(-1)
         targets = sequences[:, 1:][places]
         if self.head_is_last:
-            hidden = self.last_hidden(batch, sequences, attention_mask)[chosen]
+            hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
             head = self.model.get_output_embeddings()
-            log_probs = head(hidden, targets=targets, temperature=temperature)
+            log_probs = head(hidden[chosen], targets=targets, temperature=temperature)
         else:
-            logits = self._full_logits(batch, sequences, attention_mask)[chosen]
+            output, aux_loss = self.run(self.model, batch, sequences, attention_mask)
+            logits = self.of_real_tokens(output.logits, batch)[chosen]
             log_probs = _from_full_logits(logits, targets, temperature)
         flat = places.flatten().nonzero().squeeze(-1)
-        return ActorOutput(restore(log_probs, flat, tuple(places.shape)))
-
-    def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""
-        if self.packed:
-            return self.model(**packed_arguments(batch)).logits[0]
-        return self.model(**padded_arguments(sequences, attention_mask)).logits.flatten(0, 1)[batch.indices]
+        return ActorOutput(restore(log_probs, flat, tuple(places.shape)), aux_loss)
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[nn.Module]:

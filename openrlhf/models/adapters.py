@@ -135,6 +135,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def _adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with an adapter by name."""
+    if not has_adapters(model):
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -183,8 +185,14 @@ def dequantized(weight: Tensor) -> Tensor:
     return dequantize_4bit(weight.detach(), state)
 
 
-def parameter_count(parameter: nn.Parameter) -> int:
-    """Return how many numbers a parameter stands for, also where ZeRO-3 shards it or 4 bits hold it."""
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
+    """Return how many numbers the parameters of ``module`` stand for, and how many of them are trained."""
+    sizes = [(_count(parameter), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Return the true size of a parameter; one that ZeRO-3 shards is empty, one in 4 bits holds two in a byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 

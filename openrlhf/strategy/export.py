@@ -58,7 +58,15 @@ def export_model(
     state = {name_in_file(name): tensor for name, tensor in weights}
     problem = _write(model, state, path, tokenizer) if strategy.rank == 0 else None
     strategy.comm.barrier(f"export to {path}", WAIT_S)
-    problem = strategy.comm.broadcast_object(problem)
+    _check(strategy.comm.broadcast_object(problem), path)
+
+
+def write_model(model: nn.Module, path: str | Path, tokenizer: Any = None) -> None:
+    """Write a transformers model of this process alone, as `export_model` does. Raises ``InfraError``."""
+    _check(_write(model, model.state_dict(), Path(path), tokenizer), Path(path))
+
+
+def _check(problem: str | None, path: Path) -> None:
     if problem:
         raise InfraError(f"cannot export the model to {path}: {problem}")
 

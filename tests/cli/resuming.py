@@ -110,7 +110,7 @@ def _program(name: str):
 def train_ppo_here(config) -> None:
     """Do what ``train_ppo_ray`` does with its workers in this process; the policy generates."""
     from openrlhf.ray.host import build_worker
-    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles, needs_reference
+    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
     from openrlhf.trainer.ppo.groups import LocalGroup
     from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run
     from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
@@ -125,7 +125,7 @@ def train_ppo_here(config) -> None:
         roles = Roles(
             policy=group(PolicyWorker, **steps),
             critic=group(CriticWorker, **steps) if config.critic_source else None,
-            reference=group(ReferenceWorker) if needs_reference(config) else None,
+            reference=group(ReferenceWorker) if config.loads_reference else None,
             rewards=[group(RewardWorker, path=path) for path in config.model.reward_models],
         )
         engine = PolicyEngine(roles.policy)

@@ -17,7 +17,6 @@ PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain"
 ASKED = {
     "ring_attn_size": ["2"],
     "ring_head_stride": ["2"],
-    "aux_loss_coef": ["0.01"],
     "use_ms": [],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
@@ -50,7 +49,7 @@ def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
 
 
 def test_the_default_of_such_a_flag_may_be_written():
-    words = ["--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
+    words = ["--ring_attn_size", "1", "--lora_alpha", "32"]
     assert parse(SFTConfig, [*SFT, *words], "train_sft")[0].lora.lora_alpha == 32
 
 

@@ -78,11 +78,6 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target)
 
 
-def needs_reference(config: PPOConfig) -> bool:
-    """Return whether the run looks at a reference model at all."""
-    return config.algorithm.init_kl_coef > 0 or config.algorithm.kl_target is not None
-
-
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
     """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
     batches, first = [], 0
@@ -155,7 +150,7 @@ class ExperienceMaker:
         roles, parts = self.roles, self.roles.shards
         shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
-        reference = roles.reference.map(ReferenceWorker.log_probs, shards) if roles.reference else log_probs
+        reference = self._ask_reference(shards) if self.config.has_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
         from_models = self._ask_models(shards)
         from_function = self._ask(self.reward_function, rollouts)
@@ -178,6 +173,12 @@ class ExperienceMaker:
         scores = self._add_up(rollouts, models, self._ask(self.reward_function, rollouts))
         true = self._ask(self.true_score, rollouts)
         return scores.tolist(), true.rewards if true else None
+
+    def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
+        """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
+        if self.roles.reference:
+            return self.roles.reference.map(ReferenceWorker.log_probs, shards)
+        return self.roles.policy.map(PolicyWorker.reference_log_probs, shards)
 
     def _ask_models(self, shards: list[SequenceBatch]) -> list[tuple[WorkerGroup, list[Any]]]:
         """Set every reward model to work at once and return its futures."""

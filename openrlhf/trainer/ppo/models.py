@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from openrlhf.config.groups import LoRAConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import DataError
 from openrlhf.models.actor import Actor
@@ -20,9 +21,15 @@ def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = 
     model = load_causal_lm(
         config.model.pretrain,
         config.model if train else replace(config.model, gradient_checkpointing=False),
+        lora=config.lora if train else _without_adapters(config.lora),
         context=partial(strategy.loading_context, train=train),
+        seed=config.batch.seed,
     )
-    return Actor(model, packing_samples=config.attention.packing_samples)
+    return Actor(
+        model,
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef if train else 0.0,
+    )
 
 
 def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: int) -> ValueModel:
@@ -32,6 +39,7 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
     model = load_value_model(
         source,
         config.model,
+        lora=config.lora,
         gather=partial(strategy.gather, modifier_rank=0),
         context=strategy.loading_context,
         init_value_head=True if source == named.pretrain else None,
@@ -41,7 +49,17 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
         seed=config.batch.seed,
         flag="--critic_pretrain" if named.critic_pretrain else own_flag,
     )
-    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
+    return ValueModel(
+        model,
+        read="each",
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef,
+    )
+
+
+def _without_adapters(lora: LoRAConfig) -> LoRAConfig:
+    """Return what a model that only looks has of ``lora``: its weights may be in 4 bits as those of the policy."""
+    return replace(lora, lora_rank=0)
 
 
 def check_vocabulary(config: PPOConfig, path: str, tokenizer: Any) -> None:
@@ -65,6 +83,7 @@ def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str,
     model = load_value_model(
         path,
         replace(config.model, gradient_checkpointing=False),
+        lora=_without_adapters(config.lora),
         gather=strategy.gather,
         context=partial(strategy.loading_context, train=False),
         init_value_head=False,

@@ -16,7 +16,7 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
-from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles, needs_reference
+from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
@@ -121,7 +121,7 @@ def local_roles(config: PPOConfig, prompts: int) -> Roles:
     return Roles(
         policy=LocalGroup(PolicyWorker(config, strategy, max_steps=steps)),
         critic=LocalGroup(critic) if critic else None,
-        reference=LocalGroup(ReferenceWorker(config, strategy)) if needs_reference(config) else None,
+        reference=LocalGroup(ReferenceWorker(config, strategy)) if config.loads_reference else None,
         rewards=[LocalGroup(RewardWorker(config, strategy, path=path)) for path in config.model.reward_models],
     )
 
