@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def _merge(model: nn.Module, folder: Path, names: set[str], source: str) -> nn.M
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            # What peft only warns of is an error below.
+            warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(model, str(folder), trust_remote_code=False)
         expected = set(get_peft_model_state_dict(adapted))
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
