@@ -113,6 +113,19 @@ def test_a_lora_gradient_is_that_of_the_formula(folder):
     torch.testing.assert_close(b.grad, scale * whole @ a.detach().T, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lora", [LORA, QLORA], ids=["lora", "qlora"])
+def test_packed_and_padded_batches_give_adapters_one_gradient(folder, lora):
+    packed, padded = (moved(policy(folder, lora)).train() for _ in range(2))
+    packed.verify()
+    padded.verified = True
+    for model in (packed, padded):
+        model(TOKENS, MASK).log_probs.sum().backward()
+    assert packed.packed and not padded.packed
+    for (name, one), other in zip(packed.named_parameters(), padded.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_adapters_are_the_same_for_one_seed_and_leave_the_random_state_alone(folder):
     before = torch.get_rng_state()
     first, same, other = (

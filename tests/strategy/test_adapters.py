@@ -12,7 +12,7 @@ from openrlhf.models.loading import load_causal_lm, load_value_model
 from openrlhf.models.value_head import ValueModel
 from openrlhf.strategy import universal
 from tests.helpers import tiny_folder
-from tests.strategy.adapter_programs import MASK, TOKENS
+from tests.strategy.adapter_programs import MASK, TOKENS, train_adapter
 from tests.strategy.programs import strategy_of
 from tests.strategy.ranks import run_ranks
 
@@ -31,6 +31,22 @@ def loaded(folder: str, adapter: str, value: bool) -> torch.Tensor:
     base = load_causal_lm(folder, ModelConfig())
     with torch.no_grad():
         return Actor(PeftModel.from_pretrained(base, adapter).merge_and_unload())(TOKENS, MASK).log_probs
+
+
+@pytest.mark.parametrize("value", [False, True], ids=["policy", "reward"])
+def test_sharded_adapters_learn_and_export_as_whole_ones(tmp_path, value):
+    folder = tiny_folder(tmp_path / "base")
+    whole, sharded = (
+        train_adapter(folder, str(tmp_path / str(stage)), stage, value, bf16=False, four_bits=False)
+        for stage in (0, 3)
+    )
+    assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    torch.testing.assert_close(sharded["after"], whole["after"], atol=1e-3, rtol=1e-3)
+    assert sharded["merged"] == pytest.approx(whole["merged"], abs=1e-2)
+    torch.testing.assert_close(loaded(folder, str(tmp_path / "3"), value), sharded["after"], atol=1e-4, rtol=1e-4)
+    if not value:
+        torch.testing.assert_close(sharded["without"], whole["without"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sharded["again"], sharded["after"])
 
 
 @pytest.mark.full
