@@ -80,7 +80,15 @@ WRONG = [
     ("train_sft", "--eval_steps 0", "--eval_steps 0 is not a cadence"),
     ("train_sft", "--dry_run yes", "--dry_run is a switch and takes no value, got: yes"),
     ("train_sft", "--config", "--config takes one YAML file"),
-    ("train_sft", "--lora_rank 8", "--lora_rank: adapters are not built yet"),
+    ("train_sft", "--load_in_4bit", "--load_in_4bit needs --lora_rank: 4-bit weights cannot be trained"),
+    ("train_rm", "--load_in_4bit --lora_rank 8 --zero_stage 3", "--load_in_4bit cannot be sharded by --zero_stage 3"),
+    ("train_ppo_ray", "--load_in_4bit --lora_rank 0", "--load_in_4bit needs --lora_rank"),
+    ("train_sft", "--lora_dropout 2", "--lora_dropout must be at most 1, got 2"),
+    (
+        "train_rm",
+        "--aux_loss_coef 0.1 --gradient_checkpointing_use_reentrant",
+        "--aux_loss_coef has no gradient through --gradient_checkpointing_use_reentrant",
+    ),
     ("train_rm", "--multiturn", "unknown flag --multiturn"),
     ("train_rm", "--max_len 1", "--max_len must be at least 2, got 1"),
     ("train_sft", "--dataset a,,b", "--dataset 'a,,b': an entry between the commas is empty"),
@@ -186,14 +194,14 @@ def test_ppo_without_any_flag_names_model_prompts_and_reward():
 
 def test_all_problems_come_in_one_message():
     words = (
-        "stray --pretran m --seed ten --bf16 maybe --advantage_estimator rloo --lora_rank 4 --reward_clip_range 3 1"
+        "stray --pretran m --seed ten --bf16 maybe --advantage_estimator rloo --load_in_4bit --reward_clip_range 3 1"
     )
     with pytest.raises(UsageError) as caught:
         parse(PPOConfig, words.split(), "train_ppo_ray")
     text = str(caught.value)
     for part in ("'stray'", "--pretran:", "--seed", "--bf16", "--n_samples_per_prompt", "--reward_clip_range"):
         assert part in text
-    assert "--lora_rank" in text and "--prompt_data is missing" in text
+    assert "--load_in_4bit needs" in text and "--prompt_data is missing" in text
     assert "--pretrain is missing" not in text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig
@@ -28,6 +29,7 @@ COMMANDS = {
     "train_kd": KDConfig,
     "train_prm": PRMConfig,
     "train_ppo_ray": PPOConfig,
+    "lora_combiner": CombinerConfig,
 }
 KINDS = {"int": int, "float": float, "str": str, None: bool}
 
@@ -48,6 +50,7 @@ PACKING = {"packing_samples", "ring_attn_size", "ring_head_stride"}
 TEMPLATES = {"input_template", "apply_chat_template", "tokenizer_chat_template"}
 EXTRA = {
     "train_sft": EVERYWHERE,
+    "lora_combiner": {"trust_remote_code"},
     "train_rm": EVERYWHERE | {"lr_scheduler", *HF_CKPT},
     "train_dpo": EVERYWHERE
     | {"lr_scheduler", "tokenizer_chat_template", "loss", "target_margin", "precompute_ref_log_probs"},

@@ -28,7 +28,7 @@ def recipe(config: DPOConfig) -> Recipe:
     return Recipe(DPOTrainer, PreferenceDataset, "all_exhausted", options=options, beside=beside)
 
 
-def options(config: DPOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
+def options(config: DPOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[str, Any]:
     """Return the loss, and the reference model that it needs."""
     from openrlhf.trainer.frozen import load_reference
 
@@ -38,7 +38,7 @@ def options(config: DPOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
         "pair_loss": partial(config.pair_loss.load(), **config.loss_options),
         "beta": config.beta,
         "nll_loss_coef": config.nll_loss_coef,
-        "reference": path and load_reference(config, strategy, path, flag, inputs.sets),
+        "reference": path and load_reference(config, strategy, engine, path, flag, inputs.sets),
     }
 
 

@@ -27,7 +27,7 @@ def recipe(config: KDConfig) -> Recipe:
     return Recipe(KDTrainer, SFTDataset, "first_exhausted", options=options, beside=beside)
 
 
-def options(config: KDConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
+def options(config: KDConfig, strategy: Any, inputs: Any, engine: Any) -> dict[str, Any]:
     """Return the teacher and its share."""
     from openrlhf.trainer.frozen import load_frozen
 

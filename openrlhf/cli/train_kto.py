@@ -26,7 +26,7 @@ def recipe(config: KTOConfig) -> Recipe:
     return Recipe(KTOTrainer, UnpairedPreferenceDataset, "all_exhausted", options=options)
 
 
-def options(config: KTOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
+def options(config: KTOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[str, Any]:
     """Return the weights of the loss, and the reference model."""
     from openrlhf.trainer.frozen import load_reference
     from openrlhf.trainer.kto import mismatched_sets
@@ -35,7 +35,7 @@ def options(config: KTOConfig, strategy: Any, inputs: Any) -> dict[str, Any]:
         return inputs.sets() + mismatched_sets(inputs.train, inputs.evaluation, config.batch)
 
     return {
-        "reference": load_reference(config, strategy, config.model.pretrain, "--pretrain", sets),
+        "reference": load_reference(config, strategy, engine, config.model.pretrain, "--pretrain", sets),
         "beta": config.beta,
         "desirable_weight": config.desirable_loss_weight,
         "undesirable_weight": config.undesirable_loss_weight,

@@ -27,7 +27,7 @@ def recipe(config: PRMConfig) -> Recipe:
         ProcessRewardModelTrainer,
         ProcessRewardDataset,
         "first_exhausted",
-        options=lambda config, strategy, inputs: {"reward_ids": inputs.train.reward_ids},
+        options=lambda config, strategy, inputs, engine: {"reward_ids": inputs.train.reward_ids},
     )
 
 

@@ -42,13 +42,18 @@ def load(config: RewardModelConfig, strategy: Any, inputs: Any) -> ValueModel:
     classifier = load_value_model(
         config.model.pretrain,
         config.model,
+        lora=config.lora,
         gather=strategy.gather,
         context=strategy.loading_context,
         value_head_prefix=config.value_head_prefix,
         pad_token_id=inputs.tokenizer.pad_token_id,
         seed=config.batch.seed,
     )
-    return ValueModel(classifier, packing_samples=config.attention.packing_samples)
+    return ValueModel(
+        classifier,
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef,
+    )
 
 
 command = Command("train_rm", RewardModelConfig, recipe)

@@ -67,6 +67,8 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
+    if "run_path" not in values:
+        return []
     values["run_path"] = run_folder(values["save_path"], values["run_path"])
     values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
     template = values["input_template"] or None

@@ -63,24 +63,27 @@ def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
     return values["lora_rank"] == 0
 
 
+def _is_own_reference(values: dict[str, Any]) -> bool:
+    return values["lora_rank"] > 0 and values.get("ref_pretrain") in (None, values["pretrain"])
+
+
 def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
     return not values["pretrain_data"]
 
 
-_LORA = "adapters are not built yet; train every weight with --lora_rank 0"
 _RING = "ring attention is not built yet; leave it at 1"
 
 NOT_YET = {
-    "lora_rank": NotYet(_LORA),
-    "load_in_4bit": NotYet("4-bit loading is not built yet; leave it out"),
     "ring_attn_size": NotYet(_RING),
     "ring_head_stride": NotYet(_RING),
-    "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
+_NO_COPY = NoEffect(
+    "with --lora_rank the reference is the policy without its adapter", lambda values, gpu: values["lora_rank"] > 0
+)
 _TEMPLATE = NoEffect(
     "--apply_chat_template and --pretrain_mode do without it",
     lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
@@ -105,7 +108,11 @@ NO_EFFECT_HERE = {
     "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
-    **dict.fromkeys(("ref_reward_offload", "ref_offload", "teacher_offload"), _OFFLOAD),
+    **dict.fromkeys(("ref_reward_offload", "teacher_offload"), _OFFLOAD),
+    "ref_offload": NoEffect(
+        "it needs a GPU, --zero_stage 3, and a reference that is not the policy without its adapter (--lora_rank)",
+        lambda values, gpu: _OFFLOAD.where(values, gpu) or _is_own_reference(values),
+    ),
     **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
     "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
@@ -134,6 +141,7 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("wandb_org", "wandb_group", "wandb_project", "wandb_run_name"), _WANDB),
     **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
     **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
+    **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
@@ -149,6 +157,9 @@ NEEDED = ("torch", "transformers", "datasets", "deepspeed")
 """What every command imports."""
 NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
+    "lora_rank": ("peft", "peft"),
+    "lora_path": ("peft", "peft"),
+    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
     "use_ms": ("modelscope", "modelscope"),

@@ -6,11 +6,13 @@ that are its own. ``problems()`` of a group or command returns what is wrong acr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from openrlhf.config.checks import (
     NO_DEMONSTRATION,
     answer_problems,
+    missing_model,
     profiled_steps,
     same_key_problems,
     source_problems,
@@ -55,6 +57,13 @@ class ModelConfig:
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
     use_ms: bool = flag(False, "Take models and data sets that are not on this machine from ModelScope.")
 
+    def problems(self) -> list[str]:
+        if self.aux_loss_coef > 0 and self.gradient_checkpointing_use_reentrant:
+            return [
+                "--aux_loss_coef has no gradient through --gradient_checkpointing_use_reentrant: leave the second out"
+            ]
+        return []
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -63,8 +72,31 @@ class LoRAConfig:
     load_in_4bit: bool = flag(False, "Load the base weights as 4-bit NF4 (QLoRA).")
     lora_rank: int = flag(0, "Rank of the adapters; 0 trains every weight.", at_least=0)
     lora_alpha: int = flag(16, "Scale of the adapters; read with --lora_rank.", at_least=1)
-    target_modules: tuple[str, ...] = flag(("all-linear",), "Modules that get adapters; read with --lora_rank.")
+    target_modules: tuple[str, ...] = flag(
+        ("all-linear",),
+        "Linear layers that get adapters, by the ends of their names; all-linear: all but the output head (of a "
+        "mixture of experts neither the router nor experts whose weights are stacked in one tensor).",
+    )
     lora_dropout: float = flag(0.0, "Dropout of the adapters; read with --lora_rank.", at_least=0, at_most=1)
+
+    def problems(self) -> list[str]:
+        if self.load_in_4bit and not self.lora_rank:
+            return [
+                "--load_in_4bit needs --lora_rank: 4-bit weights cannot be trained, only adapters on them; "
+                "add for example --lora_rank 16"
+            ]
+        return []
+
+    @property
+    def without_adapters(self) -> LoRAConfig:
+        """What a model that only looks has of these: its weights are in 4 bits where those of the policy are."""
+        return replace(self, lora_rank=0)
+
+    def stage_problems(self, zero_stage: int) -> list[str]:
+        """Return what is wrong with 4-bit weights under that ZeRO stage."""
+        if self.load_in_4bit and zero_stage == 3:
+            return ["--load_in_4bit cannot be sharded by --zero_stage 3: use stage 2, or leave the first out"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -269,3 +301,12 @@ class LoggingConfig:
 def run_folder(save_path: str, run_path: str | None) -> str:
     """Return the run folder: ``--run_path``, or ``<save_path>_run`` beside the exported model."""
     return run_path or f"{save_path.rstrip('/')}_run"
+
+
+def common_problems(config: Any) -> list[str]:
+    """Return what is wrong across the groups that every training command has."""
+    return [
+        *missing_model(config.model.pretrain),
+        *config.deepspeed.dtype_problems(config.model.bf16),
+        *config.lora.stage_problems(config.deepspeed.zero_stage),
+    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from openrlhf.config.algorithms import PAIR_LOSSES, PairLoss
-from openrlhf.config.checks import NO_ANSWER, answer_problems, missing_model, same_key_problems
+from openrlhf.config.checks import NO_ANSWER, answer_problems, same_key_problems
 from openrlhf.config.flags import flag
 from openrlhf.config.groups import (
     AttentionConfig,
@@ -20,6 +20,7 @@ from openrlhf.config.groups import (
     OptimConfig,
     PreferenceDataConfig,
     SFTDataConfig,
+    common_problems,
 )
 
 REF_OFFLOAD_HELP = "Keep the shards of the reference model in main memory."
@@ -44,7 +45,7 @@ class SupervisedConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
+        return common_problems(self)
 
 
 @dataclass(frozen=True)

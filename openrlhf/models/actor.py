@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openrlhf.models.attention import switch_attention
-from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, packed_arguments, padded_arguments
-from openrlhf.models.packing import PackedBatch, predicted_places, restore
+from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, padded_arguments
+from openrlhf.models.packing import predicted_places, restore
 from openrlhf.ops.logprobs import (
     distilled_from_logits,
     distilled_log_probs,
@@ -35,12 +35,12 @@ class ActorOutput(NamedTuple):
 
     Attributes:
         log_probs: ``(B, T)`` float32, column ``t`` speaks of ``sequences[:, t + 1]``; 0 off the real tokens.
-        aux_loss: the router loss of a mixture of experts; None elsewhere.
+        aux_loss: scalar, the load-balancing loss of a mixture of experts times its coefficient; 0 elsewhere.
         cross_entropy: ``(B, T)`` float32, of a teacher's distribution with the model's; None without a teacher.
     """
 
     log_probs: Tensor
-    aux_loss: Tensor | None = None
+    aux_loss: Tensor
     cross_entropy: Tensor | None = None
 
 
@@ -49,11 +49,11 @@ class LogitsOutput(NamedTuple):
 
     Attributes:
         logits: ``(M, V)`` in the model's dtype, at the ``M`` places asked for, row by row.
-        aux_loss: the router loss of a mixture of experts; None elsewhere.
+        aux_loss: as in :class:`ActorOutput`.
     """
 
     logits: Tensor
-    aux_loss: Tensor | None = None
+    aux_loss: Tensor
 
 
 class Actor(TokenModel):
@@ -72,12 +72,13 @@ class Actor(TokenModel):
         bf16: bool = True,
         *,
         packing_samples: bool = False,
+        aux_loss_coef: float = 0.0,
     ):
         if isinstance(pretrain_or_model, str):
             from openrlhf.models.loading import load_plain_causal_lm
 
             pretrain_or_model = load_plain_causal_lm(pretrain_or_model, bf16=bf16)
-        super().__init__(pretrain_or_model, packing_samples=packing_samples)
+        super().__init__(pretrain_or_model, packing_samples=packing_samples, aux_loss_coef=aux_loss_coef)
         self.head_is_last = False
 
     def verify(self) -> str | None:
@@ -116,26 +117,21 @@ class Actor(TokenModel):
         targets = sequences[:, 1:][places]
         head = self.model.get_output_embeddings()
         if self.head_is_last:
-            hidden = self.last_hidden(batch, sequences, attention_mask)[chosen]
+            hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
             wanted = {} if read == "logits" else {"targets": targets, "teacher_logits": teacher_logits}
-            found = head(hidden, temperature=temperature, **wanted)
+            found = head(hidden[chosen], temperature=temperature, **wanted)
         else:
-            found = self._full_logits(batch, sequences, attention_mask)[chosen]
+            output, aux_loss = self.run(self.model, batch, sequences, attention_mask)
+            found = self.of_real_tokens(output.logits, batch)[chosen]
             if read == "log_probs":
                 found = _from_full_logits(found, targets, temperature, teacher_logits)
         if read == "logits":
-            return LogitsOutput(found)
+            return LogitsOutput(found, aux_loss)
         flat, shape = places.flatten().nonzero().squeeze(-1), tuple(places.shape)
         if teacher_logits is None:
-            return ActorOutput(restore(found, flat, shape))
+            return ActorOutput(restore(found, flat, shape), aux_loss)
         log_probs, cross_entropy = (restore(values, flat, shape) for values in found)
-        return ActorOutput(log_probs, cross_entropy=cross_entropy)
-
-    def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""
-        if self.packed:
-            return self.model(**packed_arguments(batch)).logits[0, : len(batch.indices)]
-        return self.model(**padded_arguments(sequences, attention_mask)).logits.flatten(0, 1)[batch.indices]
+        return ActorOutput(log_probs, aux_loss, cross_entropy)
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[nn.Module]:

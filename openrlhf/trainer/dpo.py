@@ -45,10 +45,11 @@ class DPOTrainer(Trainer):
 
     def compute_loss(self, batch: PreferenceBatch) -> StepOutput:
         """Return the loss over the pairs; both sides of a pair go through the model in one forward."""
+        reference = self._reference(batch) if self._reference else None
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
         sums = masked_sum(output.log_probs, batch.loss_mask, dim=1)
         means = sums / batch.loss_mask.sum(dim=1).clamp(min=1)
-        scores = means if self._reference is None else sums - self._reference(batch)
+        scores = means if reference is None else sums - reference
         chosen, rejected = scores.chunk(2)
         loss, pairs = self._pair_loss(chosen, rejected), self.weight(batch)
         metrics = {
@@ -60,4 +61,4 @@ class DPOTrainer(Trainer):
             nll = -means.chunk(2)[0].sum()
             loss = loss + self._nll_coef * nll
             metrics["nll_loss"] = (nll, pairs)
-        return StepOutput(loss, loss.new_zeros(()), {"loss": (loss, pairs), **metrics})
+        return StepOutput(loss, output.aux_loss, {"loss": (loss, pairs), **metrics})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from openrlhf.models.actor import Actor
 from openrlhf.models.loading import load_causal_lm
 from openrlhf.ops.masking import masked_sum
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import TrainEngine
 
 LOG = logging.getLogger(__name__)
 Reference = Callable[[TokenBatch], Tensor]
@@ -33,6 +35,7 @@ def load_frozen(config: Any, strategy: DeepSpeedStrategy, path: str, flag: str, 
     model = load_causal_lm(
         path,
         replace(config.model, gradient_checkpointing=False),
+        lora=config.lora.without_adapters,
         context=partial(strategy.loading_context, train=False),
         flag=flag,
     )
@@ -40,23 +43,42 @@ def load_frozen(config: Any, strategy: DeepSpeedStrategy, path: str, flag: str, 
 
 
 def load_reference(
-    config: Any, strategy: DeepSpeedStrategy, path: str, flag: str, rows: Callable[[], Sequence[Any]]
+    config: Any,
+    strategy: DeepSpeedStrategy,
+    engine: TrainEngine,
+    path: str,
+    flag: str,
+    rows: Callable[[], Sequence[Any]],
 ) -> Reference:
     """Return what the model at ``path``, named by ``flag``, says of a batch; see :func:`load_frozen`.
 
-    With ``--precompute_ref_log_probs`` the model is asked once about all batches of ``rows()``, data sets whose items
-    they collate, and is freed.
+    Where ``engine`` trains adapters on that same model, it is the engine's without them, and nothing is loaded. With
+    ``--precompute_ref_log_probs`` it is asked once about all batches of ``rows()``, data sets whose items they
+    collate; a model that was loaded is then freed.
     """
-    model = load_frozen(config, strategy, path, flag, config.ref_offload)
+    own = config.lora.lora_rank > 0 and Path(path) == Path(config.model.pretrain)
+    model = partial(_without_adapter, engine) if own else load_frozen(config, strategy, path, flag, config.ref_offload)
     if not config.precompute_ref_log_probs:
         return partial(answer_log_probs, model)
     known = KnownAnswers()
     for data in rows():
         if len(data):
             known.learn(partial(answer_log_probs, model), data, config.batch, strategy)
-    strategy.release(model)
-    LOG.info("the reference model is freed: it said all of %d answers once", len(known))
+    if not own:
+        strategy.release(model)
+    LOG.info("the reference is asked no more: it said all of %d answers once", len(known))
     return known
+
+
+def _without_adapter(engine: TrainEngine, *batch: Tensor, **options: Any) -> Any:
+    """Return what the model of ``engine`` says without its adapter and without dropout."""
+    training = engine.module.training
+    engine.eval()
+    with engine.module.without_adapter():
+        output = engine(*batch, **options)
+    if training:
+        engine.train()
+    return output
 
 
 @torch.no_grad()

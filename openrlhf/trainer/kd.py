@@ -51,4 +51,4 @@ class KDTrainer(Trainer):
         kl = distil.detach() - entropy_from_logits(taught).sum()
         loss, tokens = (1.0 - self._kd_coef) * gpt + self._kd_coef * distil, mask.sum()
         sums = {"loss": loss, "gpt_loss": gpt, "distil_loss": distil, "kl": kl}
-        return StepOutput(loss, loss.new_zeros(()), {name: (total, tokens) for name, total in sums.items()})
+        return StepOutput(loss, output.aux_loss, {name: (total, tokens) for name, total in sums.items()})

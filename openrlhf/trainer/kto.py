@@ -86,8 +86,9 @@ class KTOTrainer(Trainer):
 
     def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
         """Return the loss over the answers, against the drift that was measured last."""
+        reference = self._reference(batch)
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
-        log_ratios = masked_sum(output.log_probs, batch.loss_mask, dim=1) - self._reference(batch)
+        log_ratios = masked_sum(output.log_probs, batch.loss_mask, dim=1) - reference
         loss, answers = self._answer_loss(log_ratios, batch.desirable, self._kl), self.weight(batch)
         rewards = self._beta * log_ratios.detach()
         metrics = {
@@ -96,7 +97,7 @@ class KTOTrainer(Trainer):
             "reject_reward": (masked_sum(rewards, ~batch.desirable), (~batch.desirable).sum()),
             "kl": (self._kl * answers, answers),
         }
-        return StepOutput(loss, loss.new_zeros(()), metrics)
+        return StepOutput(loss, output.aux_loss, metrics)
 
     def train_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
         """Return the means of a step; a step without desirable answers, or without others, has no such reward."""

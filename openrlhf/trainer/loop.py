@@ -305,7 +305,10 @@ class Trainer:
         """
         output = self.compute_loss(batch)
         loss = output.loss_sum + output.aux_loss * aux_weight
-        return loss if micro else loss * 0.0, output.metrics
+        metrics = dict(output.metrics)
+        if output.aux_loss.requires_grad:
+            metrics["aux_loss"] = (output.aux_loss.detach(), torch.ones((), device=loss.device))
+        return loss if micro else loss * 0.0, metrics
 
     def _loss_alone(self, *arguments: Any) -> Tensor:
         return self._loss(*arguments)[0]

@@ -32,7 +32,7 @@ class ProcessRewardModelTrainer(Trainer):
     def compute_loss(self, batch: ProcessRewardBatch) -> StepOutput:
         """Return the cross-entropy of the labels."""
         mask = batch.loss_mask
-        logits = self.engine(batch.sequences, batch.attention_mask, where=mask, read="logits").logits
-        loss, right = process_reward_loss(logits, batch.labels[mask], self._reward_ids)
+        output = self.engine(batch.sequences, batch.attention_mask, where=mask, read="logits")
+        loss, right = process_reward_loss(output.logits, batch.labels[mask], self._reward_ids)
         steps = mask.sum()
-        return StepOutput(loss, loss.new_zeros(()), {"prm_loss": (loss, steps), "acc": (right, steps)})
+        return StepOutput(loss, output.aux_loss, {"prm_loss": (loss, steps), "acc": (right, steps)})

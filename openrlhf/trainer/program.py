@@ -18,6 +18,7 @@ from openrlhf.models.suitability import check_language_model
 from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import TrainEngine
 from openrlhf.strategy.export import export_model
 from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
@@ -32,11 +33,17 @@ from openrlhf.trainer.setup import Run, start_up_lines
 
 def load_policy(config: Any, strategy: DeepSpeedStrategy, inputs: Inputs) -> Actor:
     """Return the language model of ``--pretrain``."""
-    model = load_causal_lm(config.model.pretrain, config.model, context=strategy.loading_context)
-    return Actor(model, packing_samples=config.attention.packing_samples)
+    model = load_causal_lm(
+        config.model.pretrain,
+        config.model,
+        lora=config.lora,
+        context=strategy.loading_context,
+        seed=config.batch.seed,
+    )
+    return Actor(model, packing_samples=config.attention.packing_samples, aux_loss_coef=config.model.aux_loss_coef)
 
 
-def nothing_more(config: Any, strategy: DeepSpeedStrategy, inputs: Inputs) -> dict[str, Any]:
+def nothing_more(config: Any, strategy: DeepSpeedStrategy, inputs: Inputs, engine: TrainEngine) -> dict[str, Any]:
     """Return no options: the trainer takes none of its own."""
     return {}
 
@@ -50,8 +57,8 @@ class Recipe:
         dataset: the class of the rows.
         mixing: when a mixture of data sets ends: ``"first_exhausted"`` or ``"all_exhausted"``.
         model: ``model(config, strategy, inputs)`` loads what is trained.
-        options: ``options(config, strategy, inputs)`` returns what the trainer takes beside what all take, frozen
-            models among it.
+        options: ``options(config, strategy, inputs, engine)`` returns what the trainer takes beside what all take,
+            frozen models among it; ``engine`` holds what is trained.
         check: what the folder of ``--pretrain`` must pass.
         beside: flag -> path of the language models that read the same token ids.
     """
@@ -60,7 +67,7 @@ class Recipe:
     dataset: type
     mixing: str
     model: Callable[[Any, DeepSpeedStrategy, Inputs], nn.Module] = load_policy
-    options: Callable[[Any, DeepSpeedStrategy, Inputs], dict[str, Any]] = nothing_more
+    options: Callable[[Any, DeepSpeedStrategy, Inputs, TrainEngine], dict[str, Any]] = nothing_more
     check: Callable[..., Any] = check_language_model
     beside: Mapping[str, str | None] | None = None
 
@@ -78,7 +85,7 @@ def train(config: Any, opened: Run, recipe: Recipe) -> None:
         model = recipe.model(config, strategy, inputs)
         opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
         engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
-        options = recipe.options(config, strategy, inputs)
+        options = recipe.options(config, strategy, inputs, engine)
         export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)
         callbacks = supervised_callbacks(config, opened, strategy, export, tuple(recipe.trainer.window_names))
         data = inputs.train, inputs.evaluation

@@ -124,7 +124,7 @@ def train_ppo_here(config) -> None:
         roles = Roles(
             policy=group(PolicyWorker, **steps),
             critic=group(CriticWorker, **steps) if config.critic_source else None,
-            reference=group(ReferenceWorker) if config.algorithm.needs_reference else None,
+            reference=group(ReferenceWorker) if config.loads_reference else None,
             rewards=[group(RewardWorker, path=path) for path in config.model.reward_models],
         )
         engine = PolicyEngine(roles.policy)

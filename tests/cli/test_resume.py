@@ -142,3 +142,34 @@ def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_p
         for trial in ppo_trials(material)
     ]
     assert_equal(tmp_path, trials)
+
+
+ADAPTERS = ("--lora_rank=4", "--lora_dropout=0.1", "--learning_rate=1e-2")
+
+
+def adapter_trial(material: dict, program: str, *flags: str, **options) -> Trial:
+    name = " ".join([program, *flags]).replace("--", "")
+    return Trial(name, program, (*material[program], *ADAPTERS, *flags), **options)
+
+
+def test_a_run_on_four_bit_weights_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path):
+    flags = ("--load_in_4bit", "--bf16")
+    assert_equal(tmp_path, [adapter_trial(material, "train_rm", *flags, cuts=(2,), broken_off=0, twice=False)])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_run_with_adapters_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, ranks):
+    trials = [
+        adapter_trial(material, program, f"--zero_stage={stage}", *flags)
+        for program, stage, flags in [
+            ("train_sft", 0, ()),
+            ("train_sft", 2, ("--bf16",)),
+            ("train_sft", 3, ("--bf16",)),
+            ("train_rm", 3, ()),
+            ("train_sft", 2, ("--load_in_4bit", "--bf16", "--adam_offload")),
+            ("train_rm", 1, ("--load_in_4bit",)),
+        ]
+    ]
+    assert_equal(tmp_path, trials, ranks)

@@ -17,11 +17,8 @@ from openrlhf.strategy.deepspeed_config import train_config
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
-    "lora_rank": ["8"],
-    "load_in_4bit": [],
     "ring_attn_size": ["2"],
     "ring_head_stride": ["2"],
-    "aux_loss_coef": ["0.01"],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
@@ -56,7 +53,7 @@ def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
 
 
 def test_the_default_of_such_a_flag_may_be_written():
-    words = ["--lora_rank", "0", "--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
+    words = ["--ring_attn_size", "1", "--lora_alpha", "32"]
     assert parse(SFTConfig, [*SFT, *words], "train_sft")[0].lora.lora_alpha == 32
 
 
@@ -185,6 +182,8 @@ def test_deepspeed_never_hears_of_flags_that_its_stage_does_not_have(stage):
             "--vllm_num_engines 1",
             "--vllm_num_engines needs vllm, which is not installed: pip install 'openrlhf[vllm]'",
         ),
+        ("bitsandbytes", "--load_in_4bit --lora_rank 8", "--load_in_4bit needs bitsandbytes, which is not installed"),
+        ("peft", "--lora_rank 8", "--lora_rank needs peft, which is not installed: pip install 'peft'"),
         ("wandb", "--use_wandb True", "--use_wandb needs wandb, which is not installed: pip install 'wandb'"),
         ("tensorboard", "--use_tensorboard t", "--use_tensorboard needs tensorboard"),
         ("modelscope", "--use_ms", "--use_ms needs modelscope, which is not installed: pip install 'modelscope'"),

@@ -19,9 +19,15 @@ def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = 
     model = load_causal_lm(
         config.model.pretrain,
         config.model if train else replace(config.model, gradient_checkpointing=False),
+        lora=config.lora if train else config.lora.without_adapters,
         context=partial(strategy.loading_context, train=train),
+        seed=config.batch.seed,
     )
-    return Actor(model, packing_samples=config.attention.packing_samples)
+    return Actor(
+        model,
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef if train else 0.0,
+    )
 
 
 def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: int) -> ValueModel:
@@ -31,6 +37,7 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
     model = load_value_model(
         source,
         config.model,
+        lora=config.lora,
         gather=partial(strategy.gather, modifier_rank=0),
         context=strategy.loading_context,
         init_value_head=True if source == named.pretrain else None,
@@ -40,7 +47,12 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
         seed=config.batch.seed,
         flag="--critic_pretrain" if named.critic_pretrain else own_flag,
     )
-    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
+    return ValueModel(
+        model,
+        read="each",
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef,
+    )
 
 
 def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str, tokenizer: Any) -> Any:
@@ -49,6 +61,7 @@ def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str,
     model = load_value_model(
         path,
         replace(config.model, gradient_checkpointing=False),
+        lora=config.lora.without_adapters,
         gather=strategy.gather,
         context=partial(strategy.loading_context, train=False),
         init_value_head=False,

@@ -143,8 +143,9 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
 def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, placement: Sequence[str]) -> list[str]:
     """Return what a person wants to know before the first rollout."""
     rollout, batch, ranks = config.rollout, config.batch, roles.policy.size
-    parameters = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
-    gib = memory_per_rank(parameters, parameters, config.deepspeed.zero_stage, ranks, config.model.bf16) / 2**30
+    parameters, trained = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
+    stage, bf16, four_bits = config.deepspeed.zero_stage, config.model.bf16, config.lora.load_in_4bit
+    gib = memory_per_rank(parameters, trained, stage, ranks, bf16, four_bits) / 2**30
     precision = "bf16 weights, fp32 master" if config.model.bf16 else "fp32"
     return [
         f"run      {run.path}",
@@ -154,8 +155,8 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",
-        f"policy   {config.model.pretrain}: {parameters:,} parameters; about {gib:.2f} GiB a rank for weights, "
-        "gradients and Adam, activations on top",
+        f"policy   {config.model.pretrain}: {parameters:,} parameters, {trained:,} trained; about {gib:.2f} GiB a "
+        "rank for weights, gradients and Adam, activations on top",
     ]
 
 
