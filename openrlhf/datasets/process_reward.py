@@ -37,7 +37,7 @@ class ProcessRewardDataset(TokenisedRows):
     """Tokenised answers that hold a placeholder after every step. What is cut at ``max_len`` loses its labels.
 
     A label is a token, or a number: the probability that the step is right, of which ``reward_tokens`` names the
-    tokens for right and wrong. Rows with another number of labels than placeholders are left out and counted.
+    tokens for right and wrong. Rows with labels and --placeholder_token differ in number are left out and counted.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
@@ -118,7 +118,7 @@ class ProcessRewardDataset(TokenisedRows):
         """Close the row with an eos, so that the last placeholder has a token after it, and cut it."""
         places = [place for place, token in enumerate(ids) if token == self._placeholder]
         if len(places) != len(labels):
-            self.dropped["another number of labels than placeholders"] += 1
+            self.dropped["labels and --placeholder_token differ in number"] += 1
             return
         if ids[-1:] != [self._eos] or places[-1:] == [len(ids) - 1]:
             ids = [*ids, self._eos]
