@@ -134,7 +134,7 @@ class ProcessRewardDataset(TokenisedRows):
         """Close the row with an eos, so that the last placeholder has a token after it, and cut it."""
         places = [place for place, token in enumerate(ids) if token == self._placeholder]
         if len(places) != len(labels):
-            self.dropped["another number of labels than placeholders"] += 1
+            self.dropped["labels and --placeholder_token differ in number"] += 1
             return
         if ids[-1:] != [self._eos] or places[-1:] == [len(ids) - 1]:
             ids = [*ids, self._eos]

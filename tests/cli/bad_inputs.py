@@ -438,7 +438,12 @@ FAMILY = [
     Case("prm without labels", PRM, lines(*GOOD), (r"data\.jsonl:1: no key 'label'", "--label_key")),
     Case("long placeholder", PRM.replace("*", "ab-ab"), lines(*STEPS), (r"--placeholder_token: 'ab-ab' is",), 2),
     Case("foreign label", PRM, lines({**STEPS[0], "label": ["+", "?"]}), (r"row 0.*'\?' is not one of --reward_tok",)),
-    Case("steps without labels", PRM, lines({**STEPS[0], "label": []}), (r"1 dropped .another number of labels",)),
+    Case(
+        "steps without labels",
+        PRM,
+        lines({**STEPS[0], "label": []}),
+        (r"1 dropped .labels and --placeholder_token differ",),
+    ),
 ]
 CASES = DATA + MODELS + FAMILY
 

@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(chatml):
     data = ProcessRewardDataset(rows, chatml, config())
     assert len(data) == 1
     assert data.dropped == {
-        "another number of labels than placeholders": 2,
+        "labels and --placeholder_token differ in number": 2,
         "no placeholder": 1,
         "no placeholder within --max_len 64": 1,
     }
