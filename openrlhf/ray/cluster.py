@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from openrlhf import device
 from openrlhf.config.secrets import is_secret
 from openrlhf.errors import InfraError
+from openrlhf.ray.guard import watch_over
 from openrlhf.strategy import signals
 
 LOG = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def _start(slots: int) -> None:
             )
         except Exception as error:  # Ray has no class of its own for this
             raise InfraError(f"Ray did not start on this machine: {error}") from error
+    watch_over(signals.descendants(os.getpid()))
 
 
 def is_ours() -> bool:

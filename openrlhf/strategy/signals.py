@@ -166,7 +166,7 @@ def _listen(pipe: int, terminal: int) -> None:
 def _leave(terminal: int, why: str) -> NoReturn:
     _say(terminal, why)
     # A Ray that this process started would notice in its own time only.
-    for process in _descendants(os.getpid()):
+    for process in descendants(os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     os._exit(Preempted.exit_code)
@@ -176,7 +176,7 @@ def _say(terminal: int, line: str) -> None:
     os.write(terminal, f"{line}\n".encode())
 
 
-def _descendants(ancestor: int) -> list[int]:
+def descendants(ancestor: int) -> list[int]:
     """Return the processes below ``ancestor``, the nearest first."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
