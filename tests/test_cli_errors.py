@@ -13,16 +13,28 @@ import pytest
 from openrlhf.cli.common import run
 from openrlhf.cli.train_ppo_ray import placement_problems
 from openrlhf.config.arguments import parse
-from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import DataError, InfraError, NumericError, UsageError
 from tests.helpers import tiny_causal_lm, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+COMMANDS = {
+    "train_sft": SFTConfig,
+    "train_rm": RewardModelConfig,
+    "train_dpo": DPOConfig,
+    "train_kto": KTOConfig,
+    "train_kd": KDConfig,
+    "train_prm": PRMConfig,
+    "train_ppo_ray": PPOConfig,
+}
 GOOD = {
     "train_sft": "--pretrain m --dataset d --output_key answer",
     "train_rm": "--pretrain m --dataset d",
+    "train_dpo": "--pretrain m --dataset d",
+    "train_kto": "--pretrain m --dataset d --output_key answer",
+    "train_kd": "--pretrain m --teacher_model t --dataset d",
+    "train_prm": "--pretrain m --dataset d --placeholder_token X",
     "train_ppo_ray": "--pretrain m --prompt_data d --reward_pretrain r",
 }
 WRONG = [
@@ -68,7 +80,15 @@ WRONG = [
     ("train_sft", "--eval_steps 0", "--eval_steps 0 is not a cadence"),
     ("train_sft", "--dry_run yes", "--dry_run is a switch and takes no value, got: yes"),
     ("train_sft", "--config", "--config takes one YAML file"),
-    ("train_sft", "--lora_rank 8", "--lora_rank: adapters are not built yet"),
+    ("train_sft", "--load_in_4bit", "--load_in_4bit needs --lora_rank: 4-bit weights cannot be trained"),
+    ("train_rm", "--load_in_4bit --lora_rank 8 --zero_stage 3", "--load_in_4bit cannot be sharded by --zero_stage 3"),
+    ("train_ppo_ray", "--load_in_4bit --lora_rank 0", "--load_in_4bit needs --lora_rank"),
+    ("train_sft", "--lora_dropout 2", "--lora_dropout must be at most 1, got 2"),
+    (
+        "train_rm",
+        "--aux_loss_coef 0.1 --gradient_checkpointing_use_reentrant",
+        "--aux_loss_coef has no gradient through --gradient_checkpointing_use_reentrant",
+    ),
     ("train_rm", "--multiturn", "unknown flag --multiturn"),
     ("train_rm", "--max_len 1", "--max_len must be at least 2, got 1"),
     ("train_sft", "--dataset a,,b", "--dataset 'a,,b': an entry between the commas is empty"),
@@ -85,6 +105,22 @@ WRONG = [
     ("train_rm", "--prompt_key chosen", "--prompt_key and --chosen_key both name the column 'chosen'"),
     ("train_rm", "--train_batch_size 2 --micro_train_batch_size 3", "--micro_train_batch_size 3 is larger than"),
     ("train_rm", "--dataset a,b --dataset_probs 0.5", "--dataset_probs has 1 values for the 2 data sets"),
+    ("train_dpo", "--loss kto", "--loss must be one of dpo, ipo, simpo, orpo, got 'kto'"),
+    ("train_dpo", "--ipo --loss simpo", "--ipo and --loss simpo exclude each other: drop one"),
+    ("train_dpo", "--ipo --label_smoothing 0.1", "--label_smoothing needs --loss dpo, not ipo"),
+    ("train_dpo", "--loss orpo --label_smoothing 0.1", "--label_smoothing needs --loss dpo, not orpo"),
+    ("train_dpo", "--loss orpo --nll_loss_coef 1", "--nll_loss_coef and --loss orpo exclude each other"),
+    ("train_dpo", "--label_smoothing 0.6", "--label_smoothing must be at most 0.5, got 0.6"),
+    ("train_dpo", "--beta 0", "--beta must be above 0, got 0"),
+    ("train_dpo", "--prompt_key chosen", "--prompt_key and --chosen_key both name the column 'chosen'"),
+    ("train_kto", "--beta -1", "--beta must be above 0, got -1"),
+    ("train_kto", "--undesirable_loss_weight -1", "--undesirable_loss_weight must be at least 0, got -1"),
+    ("train_kto", "--label_key answer", "--output_key and --label_key both name the column 'answer'"),
+    ("train_kto", "--multiturn", "unknown flag --multiturn"),
+    ("train_kd", "--kd_coef 1.5", "--kd_coef must be at most 1, got 1.5"),
+    ("train_prm", "--reward_tokens +", "--reward_tokens +: give two different tokens or more"),
+    ("train_prm", "--reward_tokens + +", "--reward_tokens + +: give two different tokens or more"),
+    ("train_prm", "--label_key input", "--input_key and --label_key both name the column 'input'"),
     ("train_ppo_ray", "--prompt_data a,", "--prompt_data 'a,': an entry between the commas is empty"),
     ("train_ppo_ray", "--prompt_data a,b", "--prompt_data_probs has 1 values for the 2 data sets of --prompt_data"),
     ("train_ppo_ray", "--train_batch_size 2", "--micro_train_batch_size 4 is larger than --train_batch_size 2"),
@@ -123,12 +159,29 @@ def test_a_wrong_command_line_names_flag_and_fix(command, words, expected):
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("train_sft", ["--pretrain", "--dataset", "--output_key"]), ("train_rm", ["--pretrain", "--dataset"])],
+    [
+        ("train_sft", ["--pretrain", "--dataset", "--output_key"]),
+        ("train_rm", ["--pretrain", "--dataset"]),
+        ("train_kto", ["--output_key"]),
+        ("train_kd", ["--pretrain", "--teacher_model", "--dataset"]),
+        ("train_prm", ["--pretrain", "--dataset", "--placeholder_token"]),
+    ],
 )
 def test_required_flags_are_named_together(command, missing):
     with pytest.raises(UsageError) as caught:
         parse(COMMANDS[command], [], command)
     assert [problem.split()[0] for problem in caught.value.problems] == missing
+
+
+def test_simpo_with_the_beta_of_dpo_is_told(capsys):
+    parse(DPOConfig, [*GOOD["train_dpo"].split(), "--loss", "simpo"], "train_dpo")
+    assert "--loss simpo with --beta 0.1 learns little" in capsys.readouterr().err
+
+
+def test_ipo_by_its_old_flag_and_by_name_are_one(capsys):
+    words = GOOD["train_dpo"].split()
+    found = [parse(DPOConfig, [*words, *own], "train_dpo")[0] for own in (["--ipo"], ["--loss", "ipo"])]
+    assert found[0].pair_loss is found[1].pair_loss and found[0].reference == "m"
 
 
 def test_ppo_without_any_flag_names_model_prompts_and_reward():
@@ -141,14 +194,14 @@ def test_ppo_without_any_flag_names_model_prompts_and_reward():
 
 def test_all_problems_come_in_one_message():
     words = (
-        "stray --pretran m --seed ten --bf16 maybe --advantage_estimator rloo --lora_rank 4 --reward_clip_range 3 1"
+        "stray --pretran m --seed ten --bf16 maybe --advantage_estimator rloo --load_in_4bit --reward_clip_range 3 1"
     )
     with pytest.raises(UsageError) as caught:
         parse(PPOConfig, words.split(), "train_ppo_ray")
     text = str(caught.value)
     for part in ("'stray'", "--pretran:", "--seed", "--bf16", "--n_samples_per_prompt", "--reward_clip_range"):
         assert part in text
-    assert "--lora_rank" in text and "--prompt_data is missing" in text
+    assert "--load_in_4bit needs" in text and "--prompt_data is missing" in text
     assert "--pretrain is missing" not in text
 
 

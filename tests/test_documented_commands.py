@@ -12,7 +12,15 @@ from openrlhf.config.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples/scripts").glob("*.sh"))
-CONFIGS = {"train_sft": "SFTConfig", "train_rm": "RewardModelConfig", "train_ppo_ray": "PPOConfig"}
+CONFIGS = {
+    "train_sft": "SFTConfig",
+    "train_rm": "RewardModelConfig",
+    "train_dpo": "DPOConfig",
+    "train_kto": "KTOConfig",
+    "train_kd": "KDConfig",
+    "train_prm": "PRMConfig",
+    "train_ppo_ray": "PPOConfig",
+}
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
 OPTIONAL = {"${placement[@]}"}
 PLACEHOLDERS = {"$engines": "1", "$seed": "0"}
@@ -50,7 +58,9 @@ def expand(word):
 
 
 def check(name, arguments):
-    module = importlib.import_module("openrlhf.config.ppo" if name == "train_ppo_ray" else "openrlhf.config.groups")
+    module = importlib.import_module(
+        "openrlhf.config.ppo" if name == "train_ppo_ray" else "openrlhf.config.supervised"
+    )
     parse(getattr(module, CONFIGS[name]), [*arguments, "--dry_run"], name)
 
 
@@ -73,8 +83,9 @@ def test_every_training_command_of_the_example_scripts_parses(name, arguments):
 
 
 def test_the_documents_hold_the_commands_that_these_tests_look_for():
-    assert {name for name, _ in README_COMMANDS} == set(CONFIGS)
-    assert len(SCRIPT_COMMANDS) >= 6
+    assert {"train_sft", "train_rm", "train_dpo", "train_ppo_ray"} == {name for name, _ in README_COMMANDS}
+    assert {name for _, name, _ in SCRIPT_COMMANDS} == set(CONFIGS)
+    assert len(SCRIPT_COMMANDS) >= 10
 
 
 @pytest.mark.parametrize("line", shell_blocks((ROOT / "README.md").read_text()))

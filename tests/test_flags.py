@@ -7,13 +7,30 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
-from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.supervised import (
+    DPOConfig,
+    KDConfig,
+    KTOConfig,
+    PRMConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 
 SEED = json.loads((Path(__file__).parent / "data" / "flags.json").read_text(encoding="utf-8"))
-COMMANDS = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
+COMMANDS = {
+    "train_sft": SFTConfig,
+    "train_rm": RewardModelConfig,
+    "train_dpo": DPOConfig,
+    "train_kto": KTOConfig,
+    "train_kd": KDConfig,
+    "train_prm": PRMConfig,
+    "train_ppo_ray": PPOConfig,
+    "lora_combiner": CombinerConfig,
+}
 KINDS = {"int": int, "float": float, "str": str, None: bool}
 
 # (flag, what, OpenRLHF's, ours): why
@@ -28,9 +45,21 @@ EVERYWHERE = {
     *("too_long", "special_tokens_in_text", "show_samples", "allow_config_change", "use_ds_universal_ckpt"),
     "profile_steps",
 }
+HF_CKPT = {"save_hf_ckpt", "disable_ds_ckpt"}
+PACKING = {"packing_samples", "ring_attn_size", "ring_head_stride"}
+TEMPLATES = {"input_template", "apply_chat_template", "tokenizer_chat_template"}
 EXTRA = {
     "train_sft": EVERYWHERE,
-    "train_rm": EVERYWHERE | {"lr_scheduler", "save_hf_ckpt", "disable_ds_ckpt"},
+    "lora_combiner": {"trust_remote_code"},
+    "train_rm": EVERYWHERE | {"lr_scheduler", *HF_CKPT},
+    "train_dpo": EVERYWHERE
+    | {"lr_scheduler", "tokenizer_chat_template", "loss", "target_margin", "precompute_ref_log_probs"},
+    "train_kto": EVERYWHERE
+    | HF_CKPT
+    | PACKING
+    | {"lr_scheduler", "tokenizer_chat_template", "precompute_ref_log_probs"},
+    "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
+    "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
     "train_ppo_ray": {
         *EVERYWHERE,
         *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),

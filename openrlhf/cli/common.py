@@ -45,7 +45,9 @@ def run(
                 if data and config.logging.show_samples:
                     _show_samples(config, data)
             return
-        train(config)
+        from openrlhf.cli.downloads import fetched
+
+        train(fetched(config))
     except KeyboardInterrupt:
         fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"), prog)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The one list of advantage estimators: name, where its function lives, and its facts. Imports no torch."""
+"""The lists of advantage estimators and of pair losses: name, function, facts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Estimator:
 
     def load_baseline(self) -> Any:
         """Return the baseline function ``(scores, n) -> scores``."""
-        module, _, name = self.baseline.partition(":")
-        return getattr(import_module(module), name)
+        return _load(self.baseline)
 
 
 ESTIMATORS = {
@@ -37,3 +36,39 @@ ESTIMATORS = {
     # Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740
     "rloo": Estimator("openrlhf.ops.advantages:rloo", needs_critic=False, needs_group=True, whiten=True),
 }
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss of ``train_dpo`` over pairs of a chosen and a rejected answer.
+
+    Attributes:
+        function: ``module:function`` in ``openrlhf.ops``, called as ``(chosen, rejected, **flags)``.
+        needs_reference: it reads sums of log-ratios to a reference model; otherwise means of log-probs over tokens.
+        flags: the flags that it takes by their names.
+    """
+
+    function: str
+    needs_reference: bool
+    flags: tuple[str, ...] = ("beta",)
+
+    def load(self) -> Any:
+        """Return the loss function."""
+        return _load(self.function)
+
+
+PAIR_LOSSES = {
+    # Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; with --label_smoothing the conservative variant
+    "dpo": PairLoss("openrlhf.ops.preference_loss:dpo_loss", True, ("beta", "label_smoothing")),
+    # Azar et al. 2023, https://arxiv.org/abs/2310.12036
+    "ipo": PairLoss("openrlhf.ops.preference_loss:ipo_loss", True),
+    # Meng et al. 2024, https://arxiv.org/abs/2405.14734
+    "simpo": PairLoss("openrlhf.ops.preference_loss:simpo_loss", False, ("beta", "target_margin")),
+    # Hong et al. 2024, https://arxiv.org/abs/2403.07691
+    "orpo": PairLoss("openrlhf.ops.preference_loss:orpo_loss", False),
+}
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

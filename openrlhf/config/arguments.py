@@ -44,9 +44,9 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     given, dry_run = reader.read(argv)
     values = {name: entry.default for name, entry in table.items()} | given
     notices = _resolve(values, config_class.run_prefix)
-    config = _build(config_class(), values)
+    config = with_values(config_class(), values)
     defaults = {name: entry.default for name, entry in table.items()}
-    found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults, dry_run)
+    found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults)
     found += [] if dry_run else missing_packages(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
@@ -67,6 +67,8 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
+    if "run_path" not in values:
+        return []
     values["run_path"] = run_folder(values["save_path"], values["run_path"])
     values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
     template = values["input_template"] or None
@@ -80,12 +82,12 @@ def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     return notices
 
 
-def _build(config: Any, values: dict[str, Any]) -> Any:
+def with_values(config: Any, values: dict[str, Any]) -> Any:
     """Return ``config`` with the values of its flags, group by group."""
     changes = {}
     for item in fields(config):
         old = getattr(config, item.name)
-        changes[item.name] = _build(old, values) if is_dataclass(old) else values[item.name]
+        changes[item.name] = with_values(old, values) if is_dataclass(old) else values[item.name]
     return replace(config, **changes)
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from typing import Any
+
+NO_ANSWER = "--output_key is missing: name the column of the answer, or give conversations with --apply_chat_template"
+NO_DEMONSTRATION = f"{NO_ANSWER}, or raw text with --pretrain_mode"
+SELF_EXPLAINING = ("input", "prompt", "messages")
+"""Input columns whose data may say by itself where the answer is; see openrlhf.datasets.formats."""
 
 
 def source_problems(name: str, spec: str | None, probs: str | None = None) -> list[str]:
@@ -24,6 +30,15 @@ def same_key_problems(**keys: str | None) -> list[str]:
         for second, other in named[index + 1 :]
         if key == other
     ]
+
+
+def answer_problems(data: Any, said: object, problem: str) -> list[str]:
+    """Return ``problem`` where neither ``said`` nor, perhaps, the data of a data group says where the answer is.
+
+    Data that nobody named, the default data set, does not say it.
+    """
+    may_say_so = data.dataset != type(data).dataset and data.input_key in SELF_EXPLAINING
+    return [] if said or may_say_so else [problem]
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:

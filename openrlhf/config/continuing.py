@@ -16,9 +16,12 @@ FREE_GROUPS = {"checkpoint", "logging", "evaluation", "placement", "vllm", "data
 FREE_FLAGS = {
     *("micro_train_batch_size", "micro_rollout_batch_size", "gradient_checkpointing"),
     *("gradient_checkpointing_use_reentrant", "flash_attn", "packing_samples", "ref_reward_offload"),
+    *("ref_offload", "teacher_offload", "precompute_ref_log_probs"),
     *("zpg", "overlap_comm", "local_rank", "collective_timeout", "actor_init_on_gpu", "perf", "save_value_network"),
     *("trust_remote_code", "use_ms", "disable_fast_tokenizer", "max_skipped_steps"),
 }
+BINDING = {"reward_tokens"}
+"""Flags of free groups that change the training all the same."""
 IN_THE_LAYOUT = {"zero_stage", "bf16", "adam_offload"}
 """Flags that the layout of a checkpoint names by itself."""
 
@@ -28,7 +31,7 @@ def training_flags(config: Any) -> dict[str, Any]:
     kept = {
         name: entry.value(config)
         for name, entry in flag_table(type(config)).items()
-        if entry.path[0] not in FREE_GROUPS and name not in FREE_FLAGS | IN_THE_LAYOUT
+        if name in BINDING or entry.path[0] not in FREE_GROUPS and name not in FREE_FLAGS | IN_THE_LAYOUT
     }
     return json.loads(json.dumps(kept))
 

@@ -21,12 +21,10 @@ class NotYet:
     Attributes:
         why: one sentence for the user.
         asks: whether a value asks for it; by default every value but the default does.
-        dry_run: whether ``--dry_run`` is an error too.
     """
 
     why: str
     asks: Callable[[Any], bool] | None = None
-    dry_run: bool = True
 
     def asked(self, value: Any, default: Any) -> bool:
         return self.asks(value) if self.asks else value != default
@@ -65,33 +63,39 @@ def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
     return values["lora_rank"] == 0
 
 
+def _is_own_reference(values: dict[str, Any]) -> bool:
+    return values["lora_rank"] > 0 and values.get("ref_pretrain") in (None, values["pretrain"])
+
+
 def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
     return not values["pretrain_data"]
 
 
-_LORA = "adapters are not built yet; train every weight with --lora_rank 0"
 _RING = "ring attention is not built yet; leave it at 1"
 
 NOT_YET = {
-    "lora_rank": NotYet(_LORA),
-    "load_in_4bit": NotYet("4-bit loading is not built yet; leave it out"),
     "ring_attn_size": NotYet(_RING),
     "ring_head_stride": NotYet(_RING),
-    "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
-    "use_ms": NotYet("loading from ModelScope is not built yet; use a local folder or a hub name", dry_run=False),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
+_NO_COPY = NoEffect(
+    "with --lora_rank the reference is the policy without its adapter", lambda values, gpu: values["lora_rank"] > 0
+)
 _TEMPLATE = NoEffect(
     "--apply_chat_template and --pretrain_mode do without it",
     lambda values, gpu: values["apply_chat_template"] or values.get("pretrain_mode", False),
 )
-_CHAT = NoEffect("it needs --apply_chat_template", _unset("apply_chat_template"))
+_CHAT = NoEffect("it needs --apply_chat_template, or rows of messages", _unset("apply_chat_template"))
 _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
+_OFFLOAD = NoEffect("it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3)
+_REFERENCE = NoEffect(
+    "--loss simpo and orpo have no reference", lambda values, gpu: values.get("loss") in ("simpo", "orpo")
+)
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
@@ -104,9 +108,13 @@ NO_EFFECT_HERE = {
     "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
-    "ref_reward_offload": NoEffect(
-        "it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3
+    **dict.fromkeys(("ref_reward_offload", "teacher_offload"), _OFFLOAD),
+    "ref_offload": NoEffect(
+        "it needs a GPU, --zero_stage 3, and a reference that is not the policy without its adapter (--lora_rank)",
+        lambda values, gpu: _OFFLOAD.where(values, gpu) or _is_own_reference(values),
     ),
+    **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
+    "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(
         "a secondary partition needs --zero_stage 3 and several GPUs",
@@ -133,13 +141,14 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("wandb_org", "wandb_group", "wandb_project", "wandb_run_name"), _WANDB),
     **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
     **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
+    **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(
         "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
-        lambda values, gpu: not (values["remote_rm_url"] or values["eval_reward_func"]),
+        lambda v, gpu: "remote_rm_url" in v and not (v["remote_rm_url"] or v["eval_reward_func"]),
     ),
     "show_samples": NoEffect("a run shows them anyway; it is for --dry_run", _unset("dry_run")),
 }
@@ -148,8 +157,12 @@ NEEDED = ("torch", "transformers", "datasets", "deepspeed")
 """What every command imports."""
 NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
+    "lora_rank": ("peft", "peft"),
+    "lora_path": ("peft", "peft"),
+    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
+    "use_ms": ("modelscope", "modelscope"),
 }
 """What a flag needs when it is set: the module, and what pip calls it."""
 
@@ -178,12 +191,12 @@ def missing_packages(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any], dry_run: bool) -> list[str]:
+def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Return one problem for each flag that asks for something not built yet."""
     return [
         f"--{name}: {entry.why}"
         for name, entry in NOT_YET.items()
-        if name in values and entry.asked(values[name], defaults[name]) and (entry.dry_run or not dry_run)
+        if name in values and entry.asked(values[name], defaults[name])
     ]
 
 

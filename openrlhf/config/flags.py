@@ -117,7 +117,8 @@ def _shape(hint: Any) -> tuple[type, int, bool]:
     if get_origin(hint) is tuple:
         return members[0], -1 if Ellipsis in members else len(members), False
     if type(None) in get_args(hint):
-        return members[0], 1, True
+        kind, count, _ = _shape(members[0])
+        return kind, count, True
     return hint, 0 if hint is bool else 1, False
 
 

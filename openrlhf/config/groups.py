@@ -1,4 +1,4 @@
-"""The flag groups that commands share, and the configurations of the supervised commands.
+"""The flag groups that commands share; the commands are in `supervised.py` and `ppo.py`.
 
 A group is a frozen dataclass, a flag is one of its fields. A command composes groups and overrides only the defaults
 that are its own. ``problems()`` of a group or command returns what is wrong across its flags, one sentence each.
@@ -6,10 +6,12 @@ that are its own. ``problems()`` of a group or command returns what is wrong acr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 from openrlhf.config.checks import (
+    NO_DEMONSTRATION,
+    answer_problems,
     missing_model,
     profiled_steps,
     same_key_problems,
@@ -53,7 +55,14 @@ class ModelConfig:
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the reentrant variant of checkpointing.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the model folder.")
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
-    use_ms: bool = flag(False, "Load models and data sets from ModelScope.")
+    use_ms: bool = flag(False, "Take models and data sets that are not on this machine from ModelScope.")
+
+    def problems(self) -> list[str]:
+        if self.aux_loss_coef > 0 and self.gradient_checkpointing_use_reentrant:
+            return [
+                "--aux_loss_coef has no gradient through --gradient_checkpointing_use_reentrant: leave the second out"
+            ]
+        return []
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,31 @@ class LoRAConfig:
     load_in_4bit: bool = flag(False, "Load the base weights as 4-bit NF4 (QLoRA).")
     lora_rank: int = flag(0, "Rank of the adapters; 0 trains every weight.", at_least=0)
     lora_alpha: int = flag(16, "Scale of the adapters; read with --lora_rank.", at_least=1)
-    target_modules: tuple[str, ...] = flag(("all-linear",), "Modules that get adapters; read with --lora_rank.")
+    target_modules: tuple[str, ...] = flag(
+        ("all-linear",),
+        "Linear layers that get adapters, by the ends of their names; all-linear: all but the output head (of a "
+        "mixture of experts neither the router nor experts whose weights are stacked in one tensor).",
+    )
     lora_dropout: float = flag(0.0, "Dropout of the adapters; read with --lora_rank.", at_least=0, at_most=1)
+
+    def problems(self) -> list[str]:
+        if self.load_in_4bit and not self.lora_rank:
+            return [
+                "--load_in_4bit needs --lora_rank: 4-bit weights cannot be trained, only adapters on them; "
+                "add for example --lora_rank 16"
+            ]
+        return []
+
+    @property
+    def without_adapters(self) -> LoRAConfig:
+        """What a model that only looks has of these: its weights are in 4 bits where those of the policy are."""
+        return replace(self, lora_rank=0)
+
+    def stage_problems(self, zero_stage: int) -> list[str]:
+        """Return what is wrong with 4-bit weights under that ZeRO stage."""
+        if self.load_in_4bit and zero_stage == 3:
+            return ["--load_in_4bit cannot be sharded by --zero_stage 3: use stage 2, or leave the first out"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -179,12 +211,8 @@ class SFTDataConfig(DataConfig):
             found.append("--multiturn and --pretrain_mode exclude each other: the second masks nothing; drop one")
         if not self.pretrain_mode:
             found += same_key_problems(input_key=self.input_key, output_key=self.output_key)
-        if not (self.output_key or self.apply_chat_template or self.pretrain_mode):
-            found.append(
-                "--output_key is missing: name the column of the answer, or give conversations with "
-                "--apply_chat_template, or raw text with --pretrain_mode"
-            )
-        return found
+        said = self.output_key or self.apply_chat_template or self.pretrain_mode
+        return found + answer_problems(self, said, NO_DEMONSTRATION)
 
 
 @dataclass(frozen=True)
@@ -275,54 +303,10 @@ def run_folder(save_path: str, run_path: str | None) -> str:
     return run_path or f"{save_path.rstrip('/')}_run"
 
 
-@dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning.
-
-    Train a language model on prompts and answers.
-    """
-
-    run_prefix: ClassVar[str] = "sft"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: SFTDataConfig = field(default_factory=SFTDataConfig)
-    batch: BatchConfig = field(default_factory=lambda: BatchConfig(max_epochs=2))
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_sft"))
-    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_sft"))
-
-    def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Reward model training.
-
-    Train a scalar model on pairs of a preferred and another answer.
-    """
-
-    run_prefix: ClassVar[str] = "rm"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    value_head_prefix: str = flag("score", "Name of the scalar head; the one in config.json wins.")
-    compute_fp32_loss: bool = flag(False, "Compute the loss in fp32.")
-    margin_loss: bool = flag(False, "Subtract the margin column of the data in the loss.")
-    loss: str = flag("sigmoid", "sigmoid, or anything else for the log-exp loss.")
-    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
-    batch: BatchConfig = field(default_factory=lambda: BatchConfig(micro_train_batch_size=1))
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=9e-6))
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_rm"))
-    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_rm"))
-
-    def problems(self) -> list[str]:
-        return missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
-
-    def notices(self) -> list[str]:
-        if self.loss in ("sigmoid", "logexp"):
-            return []
-        return [f"--loss {self.loss}: every name but sigmoid means the log-exp loss"]
+def common_problems(config: Any) -> list[str]:
+    """Return what is wrong across the groups that every training command has."""
+    return [
+        *missing_model(config.model.pretrain),
+        *config.deepspeed.dtype_problems(config.model.bf16),
+        *config.lora.stage_problems(config.deepspeed.zero_stage),
+    ]

@@ -9,7 +9,6 @@ from typing import ClassVar
 from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.checks import (
     file_problems,
-    missing_model,
     source_problems,
     template_problems,
 )
@@ -28,6 +27,7 @@ from openrlhf.config.groups import (
     LoRAConfig,
     ModelConfig,
     OptimConfig,
+    common_problems,
 )
 
 
@@ -160,7 +160,7 @@ class AlgorithmConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the run looks at a reference model at all."""
+        """Whether the policy is compared with a reference at all."""
         return self.init_kl_coef > 0 or self.kl_target is not None
 
     def problems(self) -> list[str]:
@@ -283,6 +283,11 @@ class PPOConfig:
     perf: bool = flag(False, "Record the time of each phase.")
 
     @property
+    def loads_reference(self) -> bool:
+        """Whether the reference is a model of its own; with adapters it is the policy without them."""
+        return self.algorithm.needs_reference and not self.lora.lora_rank
+
+    @property
     def critic_source(self) -> str | None:
         """Where the critic starts from; None when the estimator needs none."""
         if not self.algorithm.estimator.needs_critic:
@@ -299,7 +304,7 @@ class PPOConfig:
         return rollout.num_episodes * steps * batch.max_epochs
 
     def problems(self) -> list[str]:
-        found = missing_model(self.model.pretrain) + self.deepspeed.dtype_problems(self.model.bf16)
+        found = common_problems(self)
         samples, estimator = self.rollout.n_samples_per_prompt, self.algorithm
         if estimator.estimator.needs_group and samples < 2:
             name = estimator.advantage_estimator

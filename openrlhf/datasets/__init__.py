@@ -8,11 +8,15 @@ from typing import Any
 _HOMES = {
     "PreferenceBatch": "batch",
     "PreferenceDataset": "reward",
+    "ProcessRewardBatch": "batch",
+    "ProcessRewardDataset": "process_reward",
     "Prompt": "prompts",
     "PromptDataset": "prompts",
     "SFTDataset": "sft",
     "StepSampler": "sampler",
     "TokenBatch": "batch",
+    "UnpairedBatch": "batch",
+    "UnpairedPreferenceDataset": "unpaired_preference",
     "blending_datasets": "blending",
 }
 

@@ -58,3 +58,25 @@ class PreferenceBatch(TokenBatch):
     """
 
     margin: Tensor
+
+
+@dataclass
+class UnpairedBatch(TokenBatch):
+    """Answers that stand alone.
+
+    Attributes:
+        desirable: ``(B,)`` bool, whether the answer is one to learn from.
+    """
+
+    desirable: Tensor
+
+
+@dataclass
+class ProcessRewardBatch(TokenBatch):
+    """Answers written step by step; ``loss_mask`` is true where the token after the end of a step is predicted.
+
+    Attributes:
+        labels: ``(B, T)``, int64 token ids or float32 probabilities of the positive token; 0 off ``loss_mask``.
+    """
+
+    labels: Tensor

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from openrlhf.config.checks import probability_problems
-from openrlhf.datasets.sources import load_split
+from openrlhf.datasets.formats import KEYS, Keys, with_standard_keys
+from openrlhf.datasets.sources import first_row, load_split
 from openrlhf.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-KEY_FLAGS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key")
 EVAL_SHARE = 0.03
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,24 @@ def load_train_eval(data_cfg: Any, seed: int, stopping: str) -> tuple[Dataset, D
     return train, evaluation
 
 
+def recognised(cfg: Any, formats: Sequence[Keys], spec: str, split: str, flag: str = "--dataset") -> Any:
+    """Return ``cfg`` with the keys of the standard format that the first source of ``spec`` has; a notice says which.
+
+    Without any the keys stay as they are. ``formats`` are those of :mod:`openrlhf.datasets.formats`.
+    """
+    if not formats:
+        return cfg
+    row = first_row(_names(spec, flag)[0], split, flag=flag)
+    recognised_cfg, words = with_standard_keys(cfg, formats, row)
+    if words:
+        logger.warning("%s %s: its columns say what they hold, read with %s", flag, spec, words)
+    return recognised_cfg
+
+
 def required_keys(cfg: Any, **more: str | None) -> dict[str, str]:
     """Return ``{key: flag}`` for every key flag that ``cfg`` sets; ``more`` adds keys of other groups by flag name."""
     raw_text = getattr(cfg, "pretrain_mode", False)
-    named = {name: getattr(cfg, name, None) for name in KEY_FLAGS if not (raw_text and name == "output_key")} | more
+    named = {name: getattr(cfg, name, None) for name in KEYS if not (raw_text and name == "output_key")} | more
     return {key: f"--{name}" for name, key in named.items() if key}
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from openrlhf.errors import DataError
 
-ANY_VALUE = ("--label_key",)
-"""Flags of keys that may hold any value; all others hold text or messages."""
+ANY_VALUE = ("--label_key", "--steps_key")
+"""Flags of keys whose values are checked where they are read; all others hold text or messages."""
 PAIRS = "--chosen_key"
 """Only data with this flag has margins; elsewhere a column of that name is any column."""
 

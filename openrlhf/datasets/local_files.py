@@ -24,8 +24,13 @@ LINE_LIMIT = 50 * 2**20
 NO_ROWS = "no rows; give a file with at least one"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 MAGIC = {b"\x1f\x8b": "a gzip file (.gz)", b"PAR1": "a parquet file (.parquet)", b"ARROW1": "an arrow file (.arrow)"}
+NO_DATA = {"dataset_infos.json", "dataset_info.json", "configuration.json", "config.json"}
+"""Files that hubs and libraries put beside the data."""
 BOM = b"\xef\xbb\xbf"
 SHARD = re.compile(r"-\d+-of-\d+$")
+SPLIT_WORDS = re.compile(
+    r"(^|[-_. ])(train(ing)?|test(ing)?|dev|val(id(ation)?)?|eval(uation)?)([-_. ]|$)", re.IGNORECASE
+)
 
 
 def format_of(path: Path) -> str | None:
@@ -48,7 +53,7 @@ def data_files(folder: Path, kind: str | None = None) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for path in sorted(place.iterdir()) if place.is_dir() else []:
-            if path.is_file() and format_of(path) and kind in (None, format_of(path)):
+            if path.name not in NO_DATA and path.is_file() and format_of(path) and kind in (None, format_of(path)):
                 found.setdefault(split_name(path), []).append(path)
     return found
 
@@ -56,11 +61,15 @@ def data_files(folder: Path, kind: str | None = None) -> dict[str, list[Path]]:
 def files_of_split(named: Mapping[str, list[Path]], split: str, folder: Path) -> list[Path]:
     """Return the files that hold ``split``: ``train.jsonl``, else ``train-*`` / ``train_*``, else one ``*_train``.
 
+    Where no file is named after any split, all of them are the split ``train``, as the hub has it.
+
     Raises:
         DataError: several files end in the name of the split, so that none of them is meant alone.
     """
     if split in named:
         return named[split]
+    if split == "train" and not any(map(SPLIT_WORDS.search, named)):
+        return [path for paths in named.values() for path in paths]
     begins = [path for name, paths in named.items() if re.match(re.escape(split) + r"[-_.]", name) for path in paths]
     if begins:
         return begins
@@ -85,6 +94,16 @@ def check_file(path: Path, required: Mapping[str, str]) -> None:
         _check_rows(path, required)
     elif kind == "csv":
         _check_table(path, required)
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """Return the first row of a JSON or CSV file; ``{}`` where there is none."""
+    if format_of(path) == "csv":
+        rows = csv_rows(path)
+        (_, header), (_, values) = next(rows, ("", [])), next(rows, ("", []))
+        return dict.fromkeys(header, "") | dict(zip(header, values, strict=False))
+    _, row = next(_json_rows(path), ("", {}))
+    return row if isinstance(row, dict) else {}
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:

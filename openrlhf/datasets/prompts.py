@@ -10,6 +10,7 @@ from typing import Any
 
 from openrlhf.datasets import tokens
 from openrlhf.datasets.fields import as_messages, as_text, is_blank
+from openrlhf.datasets.formats import PROMPTS
 from openrlhf.datasets.preview import marked_text, shortened
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.templates import Renderer, fill_template
@@ -56,6 +57,7 @@ class PromptDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no prompt is left.
     """
 
+    FORMATS = PROMPTS
     limit_flag = "--prompt_max_len"
 
     def __init__(

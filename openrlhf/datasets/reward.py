@@ -1,19 +1,22 @@
-"""Preference pairs for reward models: the chosen and the rejected answer to one prompt."""
+"""Preference pairs for reward models and DPO: the chosen and the rejected answer to one prompt."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
 from openrlhf.datasets.batch import PreferenceBatch, pad_rows
 from openrlhf.datasets.fields import as_messages, is_blank
+from openrlhf.datasets.formats import PAIRS, shared_prompt
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
+from openrlhf.datasets.store import as_floats, as_ints
 from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import UsageError
 
@@ -38,7 +41,8 @@ class PreferenceRow:
 class PreferenceDataset(TokenisedRows):
     """Tokenised pairs. An answer longer than ``max_len`` is cut and still ends with eos.
 
-    Pairs with an empty answer, and pairs whose two sides are the same tokens, are left out and counted.
+    Pairs with an empty answer, and pairs whose two sides are the same tokens, are left out and counted. Without a
+    prompt the tokens that both texts begin with are the prompt.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
@@ -47,6 +51,7 @@ class PreferenceDataset(TokenisedRows):
             ``apply_chat_template``, ``too_long``, ``special_tokens_in_text``. A column ``margin`` is read when it is
             there.
         name: what messages call the data.
+        cache: file to keep the tokenised pairs in, and to take them from; without it they stay in memory.
 
     Attributes:
         dropped: ``Counter`` of pairs left out, by reason.
@@ -57,31 +62,30 @@ class PreferenceDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no pair is left.
     """
 
+    FORMATS = PAIRS
+    PARTS = 3
+    """The ids of the two sides, and (prompt of the chosen, prompt of the rejected, the two halves of the margin)."""
     marks = "the answer"
 
-    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data"):
+    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data", cache: Path | None = None):
         render = Renderer(
             tokenizer, data_cfg.input_template, data_cfg.apply_chat_template, data_cfg.special_tokens_in_text
         )
         super().__init__(tokenizer, data_cfg, data_cfg.max_len, render, name)
         self._eos = tokens.eos_of(tokenizer)
-        self._pairs: list[tuple[array, array, int, int, float]] = []
         required = {data_cfg.chosen_key: "--chosen_key", data_cfg.rejected_key: "--rejected_key"}
         if data_cfg.prompt_key:
             required[data_cfg.prompt_key] = "--prompt_key"
-        self._read(rows, required)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
+        self._read(rows, required, cache)
 
     def __getitem__(self, index: int) -> PreferenceRow:
-        chosen, rejected, chosen_prompt, rejected_prompt, margin = self._pairs[index]
-        return PreferenceRow(chosen.tolist(), rejected.tolist(), chosen_prompt, rejected_prompt, margin)
+        chosen, rejected, rest = self._rows[index]
+        return PreferenceRow(chosen.tolist(), rejected.tolist(), *rest[:2].tolist(), float(as_floats(rest[2:])[0]))
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of the longer side of each pair."""
-        return [max(len(pair[0]), len(pair[1])) for pair in self._pairs]
+        return np.maximum(self._rows.lengths(0), self._rows.lengths(1)).tolist()
 
     def collate(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         """Return the pairs padded on the right, chosen rows first; ``loss_mask`` is true on the answers.
@@ -117,22 +121,26 @@ class PreferenceDataset(TokenisedRows):
             if any(map(is_blank, answers)):
                 self.dropped["empty answer"] += 1
                 continue
-            texts += [self._side(row, answer, self._where(number)) for answer in answers]
+            texts += self._sides(row, *answers, self._where(number))
             kept.append((number, float(row.get("margin") or 0)))
         sides = [self._close(*pieces) for pieces in tokens.tokenize_pieces(self.tokenizer, texts)]
         for chosen, rejected, (number, margin) in zip(sides[::2], sides[1::2], kept, strict=True):
             self._store(chosen, rejected, number, margin)
 
-    def _side(self, row: dict, answer: Any, where: str) -> tuple[str, str]:
-        """Return ``(prompt text, answer text)``; without ``--prompt_key`` a conversation brings its own prompt."""
+    def _sides(self, row: dict, chosen: Any, rejected: Any, where: str) -> list[tuple[str, str]]:
+        """Return ``(prompt text, answer text)`` of both sides.
+
+        Without ``--prompt_key`` the prompt of two conversations is what they share before they part.
+        """
         if self.cfg.prompt_key:
-            return self._render.pair(row[self.cfg.prompt_key], answer, where)
+            return [self._render.pair(row[self.cfg.prompt_key], answer, where) for answer in (chosen, rejected)]
         if not self.cfg.apply_chat_template:
-            return "", self._render.text(answer, where).rstrip("\n")
-        if isinstance(answer, str):
+            return [("", self._render.text(answer, where).rstrip("\n")) for answer in (chosen, rejected)]
+        if isinstance(chosen, str) or isinstance(rejected, str):
             raise UsageError(f"{where}: with --apply_chat_template text answers need --prompt_key (or message lists)")
-        messages = as_messages(answer, "assistant", where)
-        return self._render.pair(messages[:-1], messages[-1:], where)
+        sides = [as_messages(answer, "assistant", where) for answer in (chosen, rejected)]
+        start = shared_prompt(*sides)
+        return [self._render.pair(messages[:start], messages[start:], where) for messages in sides]
 
     def _close(self, prompt: list[int], answer: list[int]) -> tuple[list[int], int]:
         """Return ``(ids that end with one eos, prompt length)``, not yet cut."""
@@ -148,10 +156,17 @@ class PreferenceDataset(TokenisedRows):
         if chosen[0] == rejected[0]:
             self.dropped["chosen equals rejected"] += 1
             return
+        if not (self.cfg.prompt_key or self.cfg.apply_chat_template):
+            chosen, rejected = ((ids, _shared(chosen[0], rejected[0])) for ids, _ in (chosen, rejected))
         sides = [self._cut(ids) for ids, _ in (chosen, rejected)]
         if sides[0] == sides[1] and self.cfg.too_long == "cut":
             self.dropped[f"equal after the cut at --max_len {self.limit}"] += 1
             return
         if self._keeps(max(len(chosen[0]), len(rejected[0])), number):
             prompts = [min(prompt, len(ids)) for ids, (_, prompt) in zip(sides, (chosen, rejected), strict=True)]
-            self._pairs.append((*(array("i", ids) for ids in sides), *prompts, margin))
+            self._writer.add(*sides, [*prompts, *as_ints([margin])])
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    """Return how many tokens two different rows have in common at their beginning."""
+    return next((at for at, (one, other) in enumerate(zip(left, right)) if one != other), min(len(left), len(right)))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
+from openrlhf.datasets.cache import cache_key, kept_rows
 from openrlhf.datasets.fields import check_keys, check_row
+from openrlhf.datasets.formats import Keys
+from openrlhf.datasets.store import RowStore, RowWriter
 from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import DataError
 
@@ -19,7 +24,10 @@ class NothingUsable(DataError):
 
 
 class TokenisedRows:
-    """Base of the data sets: subclasses store the rows of a batch in ``_add`` and count what they leave out.
+    """Base of the data sets: subclasses write the rows of a batch in ``_add`` and count what they leave out.
+
+    Where ``PARTS`` is set, rows are lists of that many parts of whole numbers: ``_add`` gives them to ``_writer``,
+    afterwards they are in ``_rows``, and :meth:`_read` can keep them in a file.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -33,9 +41,16 @@ class TokenisedRows:
         truncated: number of rows cut at ``limit``.
     """
 
+    FORMATS: ClassVar[Sequence[Keys]] = ()
+    """Standard formats of the rows, of :mod:`openrlhf.datasets.formats`."""
+    PARTS: ClassVar[int] = 0
+    COUNTED: ClassVar[tuple[str, ...]] = ("truncated",)
+    """Attributes that count what became of rows, beside ``dropped``."""
     limit_flag = "--max_len"
     marks = ""
     """What :meth:`preview` marks."""
+    _writer: RowWriter
+    _rows: RowStore
 
     def __init__(self, tokenizer: Any, cfg: Any, limit: int, render: Renderer, name: str):
         self.tokenizer, self.cfg, self.limit, self.name = tokenizer, cfg, limit, name
@@ -49,8 +64,13 @@ class TokenisedRows:
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    @property
+    def digest(self) -> str | None:
+        """Changes with every row, and with their order and number; None without ``PARTS``."""
+        return self._rows.digest if self.PARTS else None
+
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._rows)
 
     def preview(self, index: int) -> list[str]:
         """Return lines that show a row to a person."""
@@ -59,17 +79,45 @@ class TokenisedRows:
     def _add(self, batch: list[tuple[int, dict]]) -> None:
         raise NotImplementedError
 
-    def _read(self, rows: Any, required: Mapping[str, str]) -> None:
-        """Take the rows, each with the keys of ``required`` (key -> flag), and log what became of them."""
-        for batch in numbered_batches(rows, required, self.name):
-            self._add(batch)
-        self.dropped = +self.dropped
-        if not len(self):
-            flags = ", ".join([*required.values(), self.limit_flag])
-            raise NothingUsable(f"{self.name}: no row can be used; {self._dropped()}; check the data and {flags}")
+    def _read(self, rows: Any, required: Mapping[str, str], cache: Path | None = None) -> None:
+        """Take the rows, each with the keys of ``required`` (key -> flag), and log what became of them.
+
+        ``cache`` is a file to keep them in, or to take them from when it holds just these.
+        """
+        make = partial(self._make, rows, required)
+        settings = (type(self).__name__, self.cfg, self.limit, required)
+        key = cache_key(rows, self.tokenizer, *settings) if cache and self.PARTS else None
+        if cache and key:
+            self._rows, facts = kept_rows(cache, key, self.PARTS, make)
+            self._restore(facts)
+        elif self.PARTS:
+            writer = RowWriter(self.PARTS)
+            make(writer)
+            self._rows = writer.store()
+        else:
+            make(None)
         notes = [f"{count} {note}" for note, count in self._notes().items() if count]
         if self.dropped or notes:
             logger.warning("%s: %d rows kept, %s", self.name, len(self), ", ".join([self._dropped(), *notes]))
+
+    def _make(self, rows: Any, required: Mapping[str, str], writer: RowWriter | None) -> dict[str, Any]:
+        """Read every row; return what became of them. Raises :class:`NothingUsable` when none is left."""
+        if writer is not None:
+            self._writer = writer
+        for batch in numbered_batches(rows, required, self.name):
+            self._add(batch)
+        self.dropped = +self.dropped
+        if not len(self if writer is None else writer):
+            flags = ", ".join([*required.values(), self.limit_flag])
+            raise NothingUsable(f"{self.name}: no row can be used; {self._dropped()}; check the data and {flags}")
+        counted = {name: getattr(self, name) for name in self.COUNTED}
+        return {"dropped": self.dropped, "counted": counted, "spelled": self._render.rows_spelling}
+
+    def _restore(self, facts: Mapping[str, Any]) -> None:
+        """Take what :meth:`_make` returned when the rows were made."""
+        self.dropped, self._render.rows_spelling = Counter(facts["dropped"]), facts["spelled"]
+        for name, count in facts["counted"].items():
+            setattr(self, name, count)
 
     def _notes(self) -> dict[str, int]:
         """Return what else happened to rows, and to how many."""

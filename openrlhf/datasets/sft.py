@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from openrlhf.config.checks import NO_DEMONSTRATION
 from openrlhf.datasets import tokens
 from openrlhf.datasets.batch import TokenBatch, pad_rows
 from openrlhf.datasets.fields import as_messages, assistant_turns, is_blank
+from openrlhf.datasets.formats import DEMONSTRATIONS
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.templates import Renderer
@@ -51,6 +53,7 @@ class SFTDataset(TokenisedRows):
         data_cfg: ``max_len``, ``input_key``, ``output_key``, ``input_template``, ``apply_chat_template``,
             ``multiturn``, ``pretrain_mode``, ``too_long``, ``special_tokens_in_text``.
         name: what messages call the data.
+        cache: file to keep the tokenised rows in, and to take them from; without it they stay in memory.
 
     Attributes:
         dropped: ``Counter`` of rows left out, by reason.
@@ -61,10 +64,17 @@ class SFTDataset(TokenisedRows):
         DataError: a key is missing, a value has the wrong type, no row is left.
     """
 
+    FORMATS = DEMONSTRATIONS
+    PARTS = 2
+    """Token ids, and the first and last position of each trained span."""
+    COUNTED = ("truncated", "_split_rows")
     marks = "what is trained"
+    no_answer = NO_DEMONSTRATION
 
-    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data"):
+    def __init__(self, rows: Any, tokenizer: Any, data_cfg: Any, name: str = "the data", cache: Path | None = None):
         raw_text = data_cfg.pretrain_mode
+        if not (data_cfg.output_key or data_cfg.apply_chat_template or raw_text):
+            raise UsageError(self.no_answer)
         render = Renderer(
             tokenizer,
             None if raw_text else data_cfg.input_template,
@@ -73,29 +83,21 @@ class SFTDataset(TokenisedRows):
         )
         super().__init__(tokenizer, data_cfg, data_cfg.max_len, render, name)
         self._eos = tokens.eos_of(tokenizer)
-        self._ids: list[array] = []
-        self._spans: list[Spans] = []
         self._split_rows = 0
         self._marked = data_cfg.multiturn and tokens.has_generation_block(tokenizer)
-        required = {data_cfg.input_key: "--input_key"}
-        if data_cfg.output_key and not raw_text:
-            required[data_cfg.output_key] = "--output_key"
-        self._read(rows, required)
-
-    def __len__(self) -> int:
-        return len(self._ids)
+        self._read(rows, self._required(), cache)
 
     def __getitem__(self, index: int) -> SFTRow:
-        ids = self._ids[index].tolist()
+        ids, spans = self._rows[index][:2]
         trained = [False] * len(ids)
-        for start, end in self._spans[index]:
+        for start, end in spans.reshape(-1, 2).tolist():
             trained[start:end] = [True] * (end - start)
-        return SFTRow(ids, trained[1:], self.tokenizer)
+        return SFTRow(ids.tolist(), trained[1:], self.tokenizer)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [len(ids) for ids in self._ids]
+        return self._rows.lengths(0).tolist()
 
     def collate(self, rows: Sequence[SFTRow]) -> TokenBatch:
         """Return the rows padded on the right; no rows give one dummy row that trains nothing."""
@@ -111,6 +113,11 @@ class SFTDataset(TokenisedRows):
         """Return one line that shows a row with the trained part marked."""
         row = self[index]
         return [marked_text(self.tokenizer, row.token_ids, [False, *row.loss_mask])]
+
+    def _required(self) -> dict[str, str]:
+        """Return key that every row must have -> flag that names it."""
+        answer = {self.cfg.output_key: "--output_key"} if self.cfg.output_key and not self.cfg.pretrain_mode else {}
+        return {self.cfg.input_key: "--input_key"} | answer
 
     def _notes(self) -> dict[str, int]:
         split = "conversations split into one row a turn (the chat template rewrites earlier turns)"
@@ -222,5 +229,8 @@ class SFTDataset(TokenisedRows):
         if all(end < 2 for _, end in spans):
             self.dropped["no trained token"] += 1
             return
-        self._ids.append(array("i", ids[:limit]))
-        self._spans.append(spans)
+        self._writer.add(ids[:limit], [edge for span in spans for edge in span], *self._beside(number))
+
+    def _beside(self, number: int) -> list[list[int]]:
+        """Return the parts of a row that stand beside its tokens and spans."""
+        return []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from openrlhf import device
 from openrlhf.datasets.fields import check_keys
 from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of
+from openrlhf.datasets.local_files import first_row as first_row_of_file
 from openrlhf.datasets.saved import check_saved, is_saved
 from openrlhf.errors import DataError
 
@@ -47,23 +48,33 @@ def load_split(
     return rows.select_columns(keep) if required else rows
 
 
+def is_here(entry: str) -> bool:
+    """Return whether an entry means something on this machine, there or not, rather than a data set of a hub."""
+    text, _, data_dir = entry.partition("@")
+    a_type = bool(data_dir) and f".{text.removeprefix('.')}" in FORMATS
+    return a_type or text.startswith((".", "/", "~")) or format_of(Path(text)) is not None or Path(text).exists()
+
+
+def first_row(entry: str, split: str, *, flag: str) -> dict[str, Any]:
+    """Return the first row of a source; of JSON and CSV files no more is read."""
+    found = _local_files(entry, split, flag)
+    if found and found[1] and format_of(found[1][0]) in ("json", "csv"):
+        return first_row_of_file(found[1][0])
+    rows = load_split(entry, split, flag=flag, required={}, or_only_split=True)
+    return rows[0] if rows is not None else {}
+
+
 def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str]) -> dict[str, Any]:
     """Return ``{split name: rows}`` of one entry; of a folder with several splits only ``split`` is read."""
+    found = _local_files(entry, split, flag)
+    if found:
+        own_name, paths, names = found
+        return {own_name: _load_files(paths, required)} if paths else dict.fromkeys(names)
     text, _, data_dir = entry.partition("@")
-    path = Path(text).expanduser()
-    if data_dir and text.removeprefix(".") in {*FORMATS.values(), "jsonl"}:
-        return _open_folder(_existing(Path(data_dir).expanduser(), flag), FORMATS[f".{text}"], split, required)
-    if data_dir and path.is_dir():
-        path = path / data_dir
-    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
-        raise DataError(f"{flag} {entry}: data set scripts are not run; save the rows as .jsonl or .parquet instead")
-    if format_of(path):
-        return {"train": _load_files(format_of(path), [_existing(path, flag)], required)}
+    path = _folder(text, data_dir)
     if is_saved(path):
         check_saved(path)
         return _as_splits(_call_datasets("load_from_disk", f"{flag} {entry}", str(path)))
-    if path.is_dir() and data_files(path):
-        return _open_folder(path, None, split, required)
     if text.startswith((".", "/", "~")):
         _existing(path, flag)
     if path.is_file():
@@ -72,6 +83,30 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if not path.exists() and not (data_dir and Path(data_dir).expanduser().is_dir()):
         _check_hub(text, f"{flag} {entry}")
     return _as_splits(_call_datasets("load_dataset", f"{flag} {entry}", text, data_dir=data_dir or None))
+
+
+def _local_files(entry: str, split: str, flag: str) -> tuple[str, list[Path], list[str]] | None:
+    """Return ``(split, its data files, all splits)`` of an entry that is a data file or a folder of them, else None.
+
+    A folder with files of one split gives these, whatever the split is called.
+    """
+    text, _, data_dir = entry.partition("@")
+    kind = FORMATS.get(f".{text.removeprefix('.')}") if data_dir else None
+    if kind:
+        return _files_in(_existing(Path(data_dir).expanduser(), flag), kind, split)
+    path = _folder(text, data_dir)
+    if path.suffix == ".py" or (path / f"{path.name}.py").is_file():
+        raise DataError(f"{flag} {entry}: data set scripts are not run; save the rows as .jsonl or .parquet instead")
+    if format_of(path):
+        return "train", [_existing(path, flag)], ["train"]
+    if not is_saved(path) and path.is_dir() and data_files(path):
+        return _files_in(path, None, split)
+    return None
+
+
+def _folder(text: str, data_dir: str) -> Path:
+    path = Path(text).expanduser()
+    return path / data_dir if data_dir and path.is_dir() else path
 
 
 def _check_hub(name: str, entry: str) -> None:
@@ -90,25 +125,23 @@ def _check_hub(name: str, entry: str) -> None:
         )
 
 
-def _open_folder(folder: Path, kind: str | None, split: str, required: Mapping[str, str]) -> dict[str, Any]:
+def _files_in(folder: Path, kind: str | None, split: str) -> tuple[str, list[Path], list[str]]:
     named = data_files(folder, kind)
     if not named:
         raise DataError(f"{folder}: no {kind or 'data'} files in this folder")
     paths = files_of_split(named, split, folder)
     if not paths and len(named) == 1:
         split, paths = next(iter(named.items()))
-    if not paths:
-        return dict.fromkeys(named)
     kinds = {format_of(path) for path in paths}
     if len(kinds) > 1:
         raise DataError(f"{folder}: the split {split!r} is there as {' and '.join(sorted(map(str, kinds)))}; keep one")
-    return {split: _load_files(kinds.pop(), paths, required)}
+    return split, paths, list(named)
 
 
-def _load_files(kind: str | None, paths: list[Path], required: Mapping[str, str]) -> Dataset:
+def _load_files(paths: list[Path], required: Mapping[str, str]) -> Dataset:
     for path in paths:
         check_file(path, required)
-    names = [str(path) for path in paths]
+    kind, names = format_of(paths[0]), [str(path) for path in paths]
     options = _csv_options(paths, required) if kind == "csv" else {}
     return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train", **options)
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openrlhf.models.attention import switch_attention
-from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, packed_arguments, padded_arguments
-from openrlhf.models.packing import PackedBatch, predicted_places, restore
-from openrlhf.ops.logprobs import log_probs_from_logits, token_log_probs
+from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, padded_arguments
+from openrlhf.models.packing import predicted_places, restore
+from openrlhf.ops.logprobs import (
+    distilled_from_logits,
+    distilled_log_probs,
+    log_probs_from_logits,
+    token_log_probs,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -30,11 +35,25 @@ class ActorOutput(NamedTuple):
 
     Attributes:
         log_probs: ``(B, T)`` float32, column ``t`` speaks of ``sequences[:, t + 1]``; 0 off the real tokens.
-        aux_loss: the router loss of a mixture of experts; None elsewhere.
+        aux_loss: scalar, the load-balancing loss of a mixture of experts times its coefficient; 0 elsewhere.
+        cross_entropy: ``(B, T)`` float32, of a teacher's distribution with the model's; None without a teacher.
     """
 
     log_probs: Tensor
-    aux_loss: Tensor | None = None
+    aux_loss: Tensor
+    cross_entropy: Tensor | None = None
+
+
+class LogitsOutput(NamedTuple):
+    """What a forward of the policy gives that is asked for logits.
+
+    Attributes:
+        logits: ``(M, V)`` in the model's dtype, at the ``M`` places asked for, row by row.
+        aux_loss: as in :class:`ActorOutput`.
+    """
+
+    logits: Tensor
+    aux_loss: Tensor
 
 
 class Actor(TokenModel):
@@ -53,12 +72,13 @@ class Actor(TokenModel):
         bf16: bool = True,
         *,
         packing_samples: bool = False,
+        aux_loss_coef: float = 0.0,
     ):
         if isinstance(pretrain_or_model, str):
             from openrlhf.models.loading import load_plain_causal_lm
 
             pretrain_or_model = load_plain_causal_lm(pretrain_or_model, bf16=bf16)
-        super().__init__(pretrain_or_model, packing_samples=packing_samples)
+        super().__init__(pretrain_or_model, packing_samples=packing_samples, aux_loss_coef=aux_loss_coef)
         self.head_is_last = False
 
     def verify(self) -> str | None:
@@ -76,14 +96,18 @@ class Actor(TokenModel):
         attention_mask: Tensor,
         temperature: float = 1.0,
         where: Tensor | None = None,
-    ) -> ActorOutput:
-        """Return the log-probs of a right-padded batch.
+        teacher_logits: Tensor | None = None,
+        read: Literal["log_probs", "logits"] = "log_probs",
+    ) -> ActorOutput | LogitsOutput:
+        """Return the log-probs of a right-padded batch, or the logits of a few of its places.
 
         Args:
             sequences: ``(B, S)`` int64.
             attention_mask: ``(B, S)``, true on real tokens.
             temperature: divides the logits.
             where: ``(B, T)`` bool, the only places that are needed; the others stay 0 and cost nothing in the head.
+            teacher_logits: ``(M, V')`` of a teacher at the places of ``where``, as it gave them for the same batch.
+            read: ``"logits"`` for those of the places of ``where``, not divided by a temperature.
         """
         batch = self.inputs(sequences, attention_mask)
         places = predicted_places(attention_mask)
@@ -91,21 +115,23 @@ class Actor(TokenModel):
             places = places & where
         chosen = torch.nn.functional.pad(places, (0, 1)).flatten()[batch.indices].nonzero().squeeze(-1)
         targets = sequences[:, 1:][places]
+        head = self.model.get_output_embeddings()
         if self.head_is_last:
-            hidden = self.last_hidden(batch, sequences, attention_mask)[chosen]
-            head = self.model.get_output_embeddings()
-            log_probs = head(hidden, targets=targets, temperature=temperature)
+            hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
+            wanted = {} if read == "logits" else {"targets": targets, "teacher_logits": teacher_logits}
+            found = head(hidden[chosen], temperature=temperature, **wanted)
         else:
-            logits = self._full_logits(batch, sequences, attention_mask)[chosen]
-            log_probs = _from_full_logits(logits, targets, temperature)
-        flat = places.flatten().nonzero().squeeze(-1)
-        return ActorOutput(restore(log_probs, flat, tuple(places.shape)))
-
-    def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""
-        if self.packed:
-            return self.model(**packed_arguments(batch)).logits[0, : len(batch.indices)]
-        return self.model(**padded_arguments(sequences, attention_mask)).logits.flatten(0, 1)[batch.indices]
+            output, aux_loss = self.run(self.model, batch, sequences, attention_mask)
+            found = self.of_real_tokens(output.logits, batch)[chosen]
+            if read == "log_probs":
+                found = _from_full_logits(found, targets, temperature, teacher_logits)
+        if read == "logits":
+            return LogitsOutput(found, aux_loss)
+        flat, shape = places.flatten().nonzero().squeeze(-1), tuple(places.shape)
+        if teacher_logits is None:
+            return ActorOutput(restore(found, flat, shape), aux_loss)
+        log_probs, cross_entropy = (restore(values, flat, shape) for values in found)
+        return ActorOutput(log_probs, aux_loss, cross_entropy)
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[nn.Module]:
@@ -153,11 +179,16 @@ def _head_forward(
     hidden: Tensor,
     targets: Tensor | None = None,
     temperature: float = 1.0,
-) -> Tensor:
-    """Return logits ``(..., V)``; with ``targets`` (M,) the log-probs (M,) of ``hidden`` (M, H)."""
+    teacher_logits: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return logits ``(..., V)``; with ``targets`` (M,) the log-probs (M,) of ``hidden`` (M, H), and with
+    ``teacher_logits`` (M, V') the cross-entropy (M,) too.
+    """
     if targets is None:
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
     hidden = hidden.to(self.weight.dtype)
+    if teacher_logits is not None:
+        return distilled_log_probs(hidden, self.weight, targets, teacher_logits, bias=self.bias)
     return token_log_probs(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
 
 
@@ -191,8 +222,16 @@ def _head_is_last(model: nn.Module, backbone: nn.Module) -> bool:
     return untouched and torch.allclose(head_input.float(), hidden.float(), rtol=1e-2, atol=1e-4)
 
 
-def _from_full_logits(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Return the log-probs (M,) of ``logits`` (M, V); float32 exists for a few rows at a time."""
+def _from_full_logits(
+    logits: Tensor, targets: Tensor, temperature: float, teacher_logits: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return what the head does with ``targets``, from ``logits`` (M, V); float32 exists for a few rows at a time."""
     pairs = list(zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
-    log_probs = [checkpoint(log_probs_from_logits, *pair, temperature, use_reentrant=False) for pair in pairs]
-    return torch.cat(log_probs)
+    if teacher_logits is None:
+        log_probs = [checkpoint(log_probs_from_logits, *pair, temperature, use_reentrant=False) for pair in pairs]
+        return torch.cat(log_probs)
+    both = [
+        checkpoint(distilled_from_logits, *pair, taught, use_reentrant=False)
+        for pair, taught in zip(pairs, teacher_logits.split(LOGIT_ROWS), strict=True)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*both, strict=True))

@@ -22,7 +22,7 @@ from openrlhf.models.packing import Rows
 UNPADDED = "openrlhf_unpadded"
 PADDED = "sdpa"
 REFUSED = -1
-HARMLESS = {"position_ids", "use_cache", "cache_position", "sliding_window", "is_causal"}
+HARMLESS = {"position_ids", "use_cache", "cache_position", "sliding_window", "is_causal", "output_router_logits"}
 HALF_TYPES = (torch.float16, torch.bfloat16)
 SHORT = 384
 """Up to this length the CPU's float32 kernel, whose backward is far faster, wins over the one of half types."""

@@ -9,14 +9,18 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openrlhf.errors import UsageError
+from openrlhf.models import adapters
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
 from openrlhf.ops.logprobs import rows_round_to
+from openrlhf.ops.router_loss import load_balancing_loss
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "eager"
@@ -33,12 +37,16 @@ class TokenModel(nn.Module):
         packed: whether padding is removed before the forward; known once :meth:`verify` has run.
         reason: why padding stays, when it does.
         padded_attention: transformers' name of the attention that is right for padded batches.
+        aux_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out.
     """
 
-    def __init__(self, model: nn.Module, *, packing_samples: bool = False):
+    def __init__(self, model: nn.Module, *, packing_samples: bool = False, aux_loss_coef: float = 0.0):
         super().__init__()
         register()
+        if aux_loss_coef > 0:
+            check_router(model)
         self.model = model
+        self.aux_loss_coef = aux_loss_coef
         self.train(model.training)
         self.packing_samples = packing_samples
         self.packed = False
@@ -60,6 +68,19 @@ class TokenModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained instead of the weights."""
+        return adapters.has_adapters(self.model)
+
+    def without_adapter(self) -> AbstractContextManager:
+        """Let the model compute as its base inside a block; raises UsageError when it has no adapter.
+
+        So the policy is its own reference: ``with torch.no_grad(), actor.without_adapter(): ...``. Inside, nothing
+        is trained. All ranks of a sharded model enter it together.
+        """
+        return adapters.without_adapters(self.model)
 
     def export_name(self, name: str) -> str:
         """Return the name in the saved folder of the transformers model's weight ``name``."""
@@ -94,12 +115,30 @@ class TokenModel(nn.Module):
             self.verify()
         return remove_padding(sequences, attention_mask, rows_round_to(self.device, self.model.dtype))
 
-    def last_hidden(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden states ``(N, H)`` of the real tokens."""
-        if self.packed:
-            return self.backbone(**packed_arguments(batch)).last_hidden_state[0, : len(batch.indices)]
-        output = self.backbone(**padded_arguments(sequences, attention_mask))
-        return output.last_hidden_state.flatten(0, 1)[batch.indices]
+    def hidden_and_aux(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states ``(N, H)`` of the real tokens, and the load-balancing loss of this batch."""
+        output, aux_loss = self.run(self.backbone, batch, sequences, attention_mask)
+        return self.of_real_tokens(output.last_hidden_state, batch), aux_loss
+
+    def run(
+        self, module: nn.Module, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Return what ``module``, the model or its backbone, gives for a batch, and the load-balancing loss.
+
+        The loss is a scalar, already times its coefficient; 0 where it is left out or no gradient is asked for.
+        """
+        arguments = packed_arguments(batch) if self.packed else padded_arguments(sequences, attention_mask)
+        if not (self.aux_loss_coef and torch.is_grad_enabled()):
+            return module(**arguments), torch.zeros((), device=sequences.device)
+        output = module(**arguments, output_router_logits=True)
+        given = [logits.flatten(0, -2)[None] for logits in output.router_logits if logits is not None]
+        layers = [self.of_real_tokens(logits, batch) for logits in given]
+        top_k = self.config.get_text_config().num_experts_per_tok
+        return output, self.aux_loss_coef * load_balancing_loss(layers, top_k)
+
+    def of_real_tokens(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        """Return ``values`` of :meth:`run`, one a token, as ``(N, ...)`` without those of padding or filler."""
+        return values[0, : len(batch.indices)] if self.packed else values.flatten(0, 1)[batch.indices]
 
 
 @functools.cache
@@ -187,6 +226,16 @@ def _close(given: Tensor, expected: Tensor) -> bool:
     """Return whether two tensors of hidden states are equal but for rounding in the model's dtype."""
     error = torch.linalg.vector_norm(given.float() - expected.float()) / torch.linalg.vector_norm(expected.float())
     return bool(error <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE))
+
+
+def check_router(model: nn.Module) -> None:
+    """Raise UsageError when ``model`` has no router whose choices could be balanced."""
+    config = model.config.get_text_config()
+    if not (hasattr(config, "output_router_logits") and hasattr(config, "num_experts_per_tok")):
+        raise UsageError(
+            f"--aux_loss_coef balances the experts of a mixture, and {architecture(model)} is none whose router "
+            "transformers shows; leave it at 0"
+        )
 
 
 def architecture(model: nn.Module) -> str:

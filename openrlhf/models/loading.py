@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from openrlhf.config.groups import ModelConfig
+from openrlhf.config.groups import LoRAConfig, ModelConfig
 from openrlhf.errors import DataError
+from openrlhf.models import adapters
 from openrlhf.models.backbone import architecture, enable_gradient_checkpointing, quiet
 from openrlhf.paths import inside, no_links_out
 
@@ -33,7 +34,9 @@ def load_causal_lm(
     path: str,
     model_cfg: ModelConfig,
     *,
+    lora: LoRAConfig | None = None,
     context: ContextFactory | None = None,
+    seed: int = 42,
     flag: str = "--pretrain",
 ) -> nn.Module:
     """Return the causal language model at ``path``, a folder or a hub id, in float32 or with ``--bf16`` in bfloat16.
@@ -41,17 +44,22 @@ def load_causal_lm(
     Args:
         path: where the model is.
         model_cfg: dtype, remote code, gradient checkpointing.
+        lora: adapters to train instead of the weights, and whether the weights are held in 4 bits.
         context: makes a context manager to load under, e.g. one that shards the weights while they arrive.
+        seed: of fresh adapters.
         flag: the flag that named ``path``, for messages.
 
     Raises:
         DataError: the folder is missing, incomplete, pickled, or needs code that may not run.
+        UsageError: ``--target_modules`` names no module of the model.
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = from_pretrained(AutoModelForCausalLM, path, model_cfg, context=context, flag=flag)
+    model, missing = from_pretrained(AutoModelForCausalLM, path, model_cfg, lora=lora, context=context, flag=flag)
     if missing:
         raise DataError(f"{flag} {path}: no weights for {', '.join(missing[:3])}; is it a language model?")
+    if lora and lora.lora_rank:
+        adapters.add_adapters(model, lora, path, seed=seed)
     return prepare(model, model_cfg)
 
 
@@ -59,6 +67,7 @@ def load_value_model(
     path: str,
     model_cfg: ModelConfig,
     *,
+    lora: LoRAConfig | None = None,
     gather: Callable | None = None,
     context: ContextFactory | None = None,
     init_value_head: bool | None = None,
@@ -73,6 +82,7 @@ def load_value_model(
     Args:
         path: a reward model or critic, or a language model that gets a fresh head.
         model_cfg: dtype, remote code, gradient checkpointing.
+        lora: adapters to train beside the head instead of all weights, and whether the weights are held in 4 bits.
         gather: ``gather(parameters, modifier_rank=0)`` makes a context manager under which sharded weights are whole
             and may be written.
         context: makes a context manager to load under.
@@ -81,11 +91,12 @@ def load_value_model(
         value_head_prefix: the head's name in the checkpoint; the one in config.json wins.
         normalize_reward: normalise rewards with the mean and standard deviation in config.json.
         pad_token_id: written to the config; transformers looks for the last token that differs from it.
-        seed: of the fresh head, drawn from a normal distribution with deviation 1 / (hidden + 1).
+        seed: of the fresh head, drawn from a normal distribution with deviation 1 / (hidden + 1), and of adapters.
         flag: the flag that named ``path``, for messages.
 
     Raises:
         DataError: the folder cannot be used, or has no head, or no mean and std, where they are needed.
+        UsageError: ``--target_modules`` names no module of the model.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -93,8 +104,9 @@ def load_value_model(
     prefix = _saved_prefix(path) or value_head_prefix
     renaming = {} if prefix == HEAD else {"key_mapping": {rf"^{re.escape(prefix)}\.": f"{HEAD}."}}
     model, missing = from_pretrained(
-        AutoModelForSequenceClassification, path, model_cfg, context=context, flag=flag, num_labels=1, **renaming
-    )
+        AutoModelForSequenceClassification, path, model_cfg, lora=lora, context=context, flag=flag, num_labels=1,
+        **renaming,
+    )  # fmt: skip
     headless = _check_head(model, missing, init_value_head is not False, f"{flag} {path}", prefix)
     fresh = headless or init_value_head is True
     if fresh:
@@ -105,6 +117,8 @@ def load_value_model(
             f"{flag} {path}: --normalize_reward needs `mean` and `std` in config.json; "
             "train_rm writes them when it evaluates"
         )
+    if lora and lora.lora_rank:
+        adapters.add_adapters(model, lora, path, head=HEAD, seed=seed)
     return prepare(model, model_cfg)
 
 
@@ -121,10 +135,19 @@ def prepare(model: nn.Module, model_cfg: ModelConfig) -> nn.Module:
 
 
 def from_pretrained(
-    auto_class, path: str, model_cfg: ModelConfig, *, context: ContextFactory | None, flag: str, **options: Any
+    auto_class,
+    path: str,
+    model_cfg: ModelConfig,
+    *,
+    lora: LoRAConfig | None = None,
+    context: ContextFactory | None,
+    flag: str,
+    **options: Any,
 ) -> tuple[nn.Module, list[str]]:
     """Return ``(model, names of weights that the checkpoint does not have)`` of a transformers auto class."""
     check_path(path, trust_remote_code=model_cfg.trust_remote_code, flag=flag)
+    if lora and lora.load_in_4bit:
+        options["quantization_config"] = adapters.quantization(model_cfg.bf16)
     try:
         with (context or nullcontext)(), quiet():
             model, report = auto_class.from_pretrained(
@@ -141,6 +164,7 @@ def from_pretrained(
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
         raise DataError(f"{flag} {path}: the weights do not have the shapes of config.json: {error}") from error
+    adapters.keep_one_layout(model)
     return model, sorted(report["missing_keys"])
 
 
@@ -171,6 +195,11 @@ def check_path(path: str | None, *, trust_remote_code: bool, flag: str = "--pret
         DataError: it is neither, or the folder cannot be loaded safely.
     """
     local = check_folder(path, trust_remote_code=trust_remote_code, flag=flag)
+    if local and (Path(path) / adapters.CONFIG).is_file():
+        raise DataError(
+            f"{flag} {path}: this folder holds an adapter, not a model; merge it into its base first: "
+            f"python -m openrlhf.cli.lora_combiner --model_path BASE --lora_path {path} --output_path NEW"
+        )
     if local and not (Path(path) / "config.json").is_file():
         raise DataError(f"{flag} {path}: the folder has no config.json; give the folder that `save_pretrained` wrote")
     if local:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from openrlhf.config.groups import ModelConfig
 from openrlhf.errors import DataError
 
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|vision_pad|>")
@@ -54,6 +55,21 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def check_vocabulary(path: str, tokenizer, model_cfg: ModelConfig, flag: str) -> None:
+    """Raise DataError when the model at ``path``, named by ``flag``, has another vocabulary than ``tokenizer``."""
+    own = load_tokenizer(
+        path,
+        use_fast=not model_cfg.disable_fast_tokenizer,
+        trust_remote_code=model_cfg.trust_remote_code,
+        flag=flag,
+    )
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"{flag} {path}: its vocabulary differs from that of --pretrain {model_cfg.pretrain}; both models read "
+            "the same token ids, so both must have one tokenizer"
+        )
 
 
 def _embedded_tokens(path: str, trust_remote_code: bool) -> float:

@@ -27,8 +27,10 @@ class ValueModel(TokenModel):
     ``config.value_head_prefix`` is the head's name in the saved weights.
     """
 
-    def __init__(self, model: nn.Module, *, read: Read = "each", packing_samples: bool = False):
-        super().__init__(model, packing_samples=packing_samples)
+    def __init__(
+        self, model: nn.Module, *, read: Read = "each", packing_samples: bool = False, aux_loss_coef: float = 0.0
+    ):
+        super().__init__(model, packing_samples=packing_samples, aux_loss_coef=aux_loss_coef)
         self.read = read
         self.head.forward = types.MethodType(_head_forward, self.head)
 
@@ -37,7 +39,9 @@ class ValueModel(TokenModel):
         """The linear layer ``hidden -> 1``."""
         return getattr(self.model, HEAD)
 
-    def forward(self, sequences: Tensor, attention_mask: Tensor, read: Read | None = None) -> Tensor:
+    def forward(
+        self, sequences: Tensor, attention_mask: Tensor, read: Read | None = None, with_aux_loss: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return what ``read`` names, or what the model was made to read, as float32.
 
         Args:
@@ -46,17 +50,20 @@ class ValueModel(TokenModel):
             read: ``"each"``: the value of every token, ``(B, S)``, normalised when the config says so, 0 on padding.
                 ``"last"``: the reward ``(B,)``, read at the last real token, normalised when the config says so and
                 the model is in evaluation mode.
+            with_aux_loss: return the load-balancing loss of a mixture of experts too, a scalar, times its coefficient.
         """
         read = read or self.read
         if read not in ("last", "each"):
             raise ValueError(f"read is 'last' or 'each', not {read!r}")
         batch = self.inputs(sequences, attention_mask)
-        hidden = self.last_hidden(batch, sequences, attention_mask)
+        hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
         if read == "last":
-            rewards = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1)
-            return rewards if self.training else self._normalised(rewards)
-        values = self._normalised(self.head(hidden).squeeze(-1))
-        return restore(values, batch.indices, tuple(sequences.shape))
+            found = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1)
+            found = found if self.training else self._normalised(found)
+        else:
+            values = self._normalised(self.head(hidden).squeeze(-1))
+            found = restore(values, batch.indices, tuple(sequences.shape))
+        return (found, aux_loss) if with_aux_loss else found
 
     def reward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the reward ``(B,)`` of each sequence, read at its last real token."""

@@ -101,6 +101,88 @@ class _HeadGradients:
         return self.hidden, weight, bias
 
 
+def distilled_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of ``targets`` and the cross-entropy ``-sum_v p_teacher(v) log p(v)``, both ``(N,)``.
+
+    Soft-max in float32, ``chunk_size`` rows at a time, computed again in the backward, as in `token_log_probs`. No
+    gradient flows into the teacher. Where it has other tokens at the end of its vocabulary, its distribution is the
+    one over the tokens of ``weight``.
+
+    Args:
+        hidden: ``(N, H)`` last hidden states.
+        weight: ``(V, H)`` of the language-model head, in the dtype of ``hidden``.
+        targets: ``(N,)`` int64 token ids.
+        teacher_logits: ``(N, V')`` of the teacher at the same positions.
+        bias: ``(V,)`` of the head, if it has one.
+        chunk_size: rows of logits that exist at once.
+    """
+    return _DistilledLogProbs.apply(hidden, weight, targets, bias, teacher_logits, chunk_size)
+
+
+class _DistilledLogProbs(torch.autograd.Function):
+    """One autograd node for the whole head, as `_TokenLogProbs`, with a distribution beside the targets."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, teacher_logits, chunk_size):
+        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        cross_entropy = torch.empty_like(log_probs)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = _scaled_logits(hidden[rows], weight, bias, 1.0)
+            log_probs[rows], cross_entropy[rows] = distilled_from_logits(logits, targets[rows], teacher_logits[rows])
+        ctx.save_for_backward(hidden, targets, teacher_logits)
+        # Not saved as tensors for the sake of ZeRO-3, as in `_TokenLogProbs`.
+        ctx.weight, ctx.bias, ctx.chunk_size = weight, bias, chunk_size
+        return log_probs, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_probs, grad_cross_entropy):
+        hidden, targets, teacher_logits = ctx.saved_tensors
+        grads = _HeadGradients(ctx, hidden)
+        active = ((grad_log_probs != 0) | (grad_cross_entropy != 0)).nonzero().squeeze(-1)
+        for rows in active.split(ctx.chunk_size):
+            chunk = hidden[rows]
+            grad_logits = _scaled_logits(chunk, ctx.weight, ctx.bias, 1.0).softmax(dim=-1)
+            taught = teacher_distribution(teacher_logits[rows], grad_logits.shape[-1])
+            of_targets, of_teacher = grad_log_probs[rows], grad_cross_entropy[rows]
+            grad_logits.mul_((of_teacher - of_targets)[:, None]).sub_(taught.mul_(of_teacher[:, None]))
+            grad_logits[torch.arange(len(rows), device=rows.device), targets[rows]] += of_targets
+            grads.add(rows, chunk, grad_logits)
+        grad_hidden, grad_weight, grad_bias = grads.in_dtype(hidden.dtype)
+        return grad_hidden, grad_weight, None, grad_bias, None, None
+
+
+def distilled_from_logits(logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `distilled_log_probs` does, from the logits ``(N, V)`` themselves."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    taught = teacher_distribution(teacher_logits, logits.shape[-1])
+    return log_probs.gather(-1, targets[..., None]).squeeze(-1), -(taught * log_probs).sum(dim=-1)
+
+
+def teacher_distribution(teacher_logits: Tensor, vocabulary: int) -> Tensor:
+    """Return the float32 distribution ``(N, vocabulary)`` of a teacher over the first tokens, 0 on those it lacks."""
+    known = teacher_logits[..., :vocabulary].float().softmax(dim=-1)
+    return torch.nn.functional.pad(known, (0, vocabulary - known.shape[-1]))
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 1024) -> Tensor:
+    """Return the float32 entropy ``(N,)`` of the distributions of ``logits`` (N, V), a few rows at a time."""
+    parts = []
+    for part in logits.split(chunk_size):
+        log_probs = part.float().log_softmax(dim=-1)
+        parts.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+    return torch.cat(parts)
+
+
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """Return a fresh ``(rows, V)`` float32 tensor of logits over ``temperature``."""
     rows = filled(hidden)

@@ -36,8 +36,8 @@ class Placement:
     """The layout of a PPO run.
 
     Attributes:
-        roles: worker groups: ``actor``; ``critic`` when advantages need one; ``ref`` when a KL penalty does;
-            ``reward``, ``reward-2``, ... one for each reward model.
+        roles: worker groups: ``actor``; ``critic`` when advantages need one; ``ref`` when a KL penalty needs a model
+            of its own; ``reward``, ``reward-2``, ... one for each reward model.
         engines: vLLM engines; 0 means that the policy generates.
         tensor_parallel: devices of one engine.
         engine_pool: pool of the engines.
@@ -171,7 +171,7 @@ def _roles(config: PPOConfig) -> tuple[Role, ...]:
     flags, algorithm = config.placement, config.algorithm
     has_critic = algorithm.estimator.needs_critic
     roles = [Role("actor", flags.actor_num_nodes, flags.actor_num_gpus_per_node, "actor")]
-    if algorithm.needs_reference:
+    if config.loads_reference:
         shared = flags.colocate_actor_ref or flags.colocate_all_models
         roles.append(Role("ref", flags.ref_num_nodes, flags.ref_num_gpus_per_node, "actor" if shared else "ref"))
     with_critic = flags.colocate_critic_reward and has_critic

@@ -168,6 +168,19 @@ class DeepSpeedStrategy:
         engine.eval()
         return engine
 
+    def release(self, module: nn.Module) -> None:
+        """Give back the memory of what `prepare_eval` returned; nobody may call it any more.
+
+        DeepSpeed keeps every module that it ever sharded, so the weights are dropped one by one.
+        """
+        for param in module.parameters():
+            param.data = torch.empty(0, dtype=param.dtype)
+            if hasattr(param, "ds_tensor"):
+                param.ds_tensor.data = torch.empty(0, dtype=param.dtype)
+        if hasattr(module, "destroy"):
+            module.destroy()
+        machine.empty_cache()
+
     def _all_ranks_have_cpu_adam(self) -> bool:
         available = cpu_adam_is_available()
         everywhere = self.comm.all_reduce(float(available)) == self.world_size

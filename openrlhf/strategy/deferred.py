@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def write_after(engine: Any) -> Iterator[None]:
+def write_after(engine: Any, kept: Callable[[str], bool]) -> Iterator[None]:
     """Let a DeepSpeed ``engine`` collect inside the block what it saves, and write it when the block is done.
+
+    Of the weights of the module only those are written whose name is ``kept``.
 
     Between two collectives a slow or a full disk of one rank would keep the others waiting until their deadline.
     """
@@ -20,6 +22,8 @@ def write_after(engine: Any) -> Iterator[None]:
     finally:
         engine.checkpoint_engine = writer
     for state, path in files:
+        if isinstance(state.get("module"), dict):
+            state["module"] = {name: tensor for name, tensor in state["module"].items() if kept(name)}
         writer.save(state, path)
 
 

@@ -7,7 +7,7 @@ optimizer step, and refuses a step whose loss or gradient is not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from openrlhf.errors import DataError, NumericError
+from openrlhf.models.adapters import base_weights
 from openrlhf.strategy.deferred import write_after
 from openrlhf.strategy.disk import DISK_S
 from openrlhf.strategy.universal import reading_universal
@@ -46,6 +47,10 @@ class TrainEngine:
         self._optimizer = optimizer
         self._schedule = schedule
         self._own_norm = math.nan
+        params = dict(engine.module.named_parameters(remove_duplicate=False))
+        self._trained = {name for name, param in params.items() if param.requires_grad}
+        self._buffers = {name for name, _ in engine.module.named_buffers(remove_duplicate=False)}
+        self._all_trained = len(self._trained) == len(params)
         self._wrapped = engine.optimizer is not optimizer
         if not self._wrapped:
             optimizer.register_step_pre_hook(self._clip_or_skip)
@@ -127,14 +132,16 @@ class TrainEngine:
     def save(self, directory: str | Path) -> None:
         """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format.
 
-        Ranks do not wait for each other's disks: the caller must, before the weights change on any rank.
+        Weights that are not trained stay out: they come from where the model was loaded. Ranks do not wait for each
+        other's disks: the caller must, before the weights change on any rank.
         """
         directory = Path(directory)
         state = {"schedule": self._schedule.state_dict()}
-        with write_after(self.engine), self._waiting(f"saving {directory}", DISK_S):
+        with write_after(self.engine, self._kept), self._waiting(f"saving {directory}", DISK_S):
             self.engine.save_checkpoint(
-                str(directory.parent), tag=directory.name, client_state=state, save_latest=False
-            )
+                str(directory.parent), tag=directory.name, client_state=state, save_latest=False,
+                exclude_frozen_parameters=not self._all_trained,
+            )  # fmt: skip
 
     def load(self, directory: str | Path) -> None:
         """Read back what `save` wrote; training goes on bit for bit.
@@ -148,13 +155,29 @@ class TrainEngine:
         rates = list(self._schedule.base_lrs)
         reading = tensors_only(directory), reading_universal(self.engine, directory)
         with self._waiting(f"loading {directory}", DISK_S), reading[0], reading[1]:
-            path, state = self.engine.load_checkpoint(str(directory.parent), tag=directory.name)
+            path, state = self.engine.load_checkpoint(
+                str(directory.parent), tag=directory.name, custom_load_fn=self._load_weights
+            )
         if path is None:
             raise DataError(f"{directory} holds no DeepSpeed checkpoint")
         self._schedule.load_state_dict(state["schedule"])
         self._apply(given, rates)
         if hasattr(self.engine.optimizer, "clip_grad"):
             self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+
+    def _kept(self, name: str) -> bool:
+        """Return whether the weight or buffer ``name`` of the module is in a checkpoint."""
+        return name in self._trained or name in self._buffers
+
+    def _load_weights(self, src: Mapping[str, torch.Tensor], dst: nn.Module) -> None:
+        """Load the weights of a checkpoint. Raises DataError unless they are those that this model trains."""
+        dst.load_state_dict(src, strict=False)
+        different = {name for name in {*src, *dst.state_dict()} if self._kept(name)} ^ set(src)
+        if different:
+            raise DataError(
+                f"the checkpoint does not hold the weights that this model trains: {', '.join(sorted(different)[:3])} "
+                f"and {max(0, len(different) - 3)} more are in one of them only"
+            )
 
     def _apply(self, given: list[dict[str, Any]], rates: list[float]) -> None:
         """Let the flags of this run win over those that the checkpoint was written with; mostly they are the same."""
@@ -189,17 +212,21 @@ class TrainEngine:
 
 
 def named_weights(
-    root: nn.Module, strategy: DeepSpeedStrategy, dtype: torch.dtype | None = None, wanted: bool = True
+    root: nn.Module,
+    strategy: DeepSpeedStrategy,
+    dtype: torch.dtype | None = None,
+    wanted: bool = True,
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, whole tensor on the CPU)`` for every entry of ``root``'s state dict, gathered one at a time.
 
     Names are relative to ``root``. A weight that is tied to an earlier one is left out. Floating tensors become
     ``dtype`` (None: as they are). All ranks must exhaust the iterator; one where ``wanted`` is false helps to gather,
-    copies nothing and gets no entry.
+    copies nothing and gets no entry. ``only`` are the names that are asked for; None means all.
     """
     seen: set[int] = set()
     for name, tensor in root.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        if id(tensor) in seen or (only is not None and name not in only):
             continue
         seen.add(id(tensor))
         copy = None
@@ -208,3 +235,16 @@ def named_weights(
                 copy = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
         if copy is not None:
             yield name, copy
+
+
+def merged_weights(
+    model: nn.Module, strategy: DeepSpeedStrategy, wanted: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of ``model`` as `named_weights` does, adapters merged in, under the names of its base."""
+    for weight in base_weights(model):
+        copy = None
+        with strategy.comm.waiting(f"gathering {weight.name}"), strategy.gather(weight.parts):
+            if wanted:
+                copy = weight.merged().to("cpu", copy=True)
+        if copy is not None:
+            yield weight.name, copy

@@ -10,6 +10,7 @@ from pathlib import Path
 BLOCK = 1 << 22
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 INDEX_SUFFIX = ".index.json"
+ADAPTER_INDEX = "adapter_config.json"
 # What torch.save says when the disk takes no more.
 CUT_SHORT = ("inline_container", "StreamWriter", "iostream error")
 
@@ -102,20 +103,21 @@ def publish_model(staging: Path, target: Path) -> None:
     """Move a written Hugging Face model into place so that ``target`` never mixes the weights of two models.
 
     A new ``target`` appears by one rename. An existing one may hold other things (checkpoints, logs), which stay.
-    There the files are moved one by one, the index of sharded weights is taken away first and comes last, and shards
-    that the new model does not have are removed: at any moment the folder loads the old model, the new one, or
-    nothing.
+    There the files are moved one by one, the index of sharded weights and the config of an adapter are taken away
+    first and come last, and weights that the new model does not have are removed: at any moment the folder loads the
+    old model, the new one, or nothing.
     """
     fsync_tree(staging)
     if not target.exists():
         staging.rename(target)
         fsync(target.parent)
         return
-    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name.endswith(INDEX_SUFFIX), name))
-    for index in target.glob("*" + INDEX_SUFFIX):
-        index.unlink()
+    names = sorted((path.name for path in staging.iterdir()), key=lambda name: (_is_index(name), name))
+    for path in list(target.iterdir()):
+        if _is_index(path.name):
+            path.unlink()
     stale = {path for pattern in WEIGHTS for path in target.glob(pattern)}
-    for path in stale if any(name.endswith(INDEX_SUFFIX) for name in names) else ():
+    for path in stale if any(map(_is_index, names)) else ():
         path.unlink()
     for name in names:
         os.replace(staging / name, target / name)
@@ -124,3 +126,8 @@ def publish_model(staging: Path, target: Path) -> None:
             path.unlink(missing_ok=True)
     staging.rmdir()
     fsync(target)
+
+
+def _is_index(name: str) -> bool:
+    """Return whether the file of that name says which weights are read."""
+    return name.endswith(INDEX_SUFFIX) or name == ADAPTER_INDEX

@@ -14,16 +14,20 @@ MOMENTS, MASTER = 8, 4
 
 
 def checkpoint_bytes(engine: Any) -> tuple[int, int]:
-    """Return the bytes of one checkpoint of a `TrainEngine` over all ranks, and of one export of its weights."""
+    """Return the bytes of one checkpoint of a `TrainEngine` over all ranks, and of one export of its weights.
+
+    Both hold what is trained: an export of a model with adapters is these alone.
+    """
     sizes = [
-        (getattr(param, "ds_numel", param.numel()), param.element_size(), param.requires_grad)
+        (getattr(param, "ds_numel", param.numel()), param.element_size())
         for param in engine.module.parameters()
+        if param.requires_grad
     ]
     stage = engine.strategy.config.zero_stage
-    weights = sum(count * width for count, width, _ in sizes)
-    trained = sum(count for count, _, learns in sizes if learns)
-    # Stage 3 writes the trained weights once, as the optimizer's fp32 ones.
-    written = sum(count * width for count, width, learns in sizes if stage < 3 or not learns)
+    weights = sum(count * width for count, width in sizes)
+    trained = sum(count for count, _ in sizes)
+    # Stage 3 writes the weights once, as the optimizer's fp32 ones.
+    written = weights if stage < 3 else 0
     plain = stage == 0 and not engine.strategy.bf16
     return written + trained * (MOMENTS if plain else MOMENTS + MASTER), weights
 

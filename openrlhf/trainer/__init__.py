@@ -6,6 +6,10 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "DPOTrainer": "openrlhf.trainer.dpo",
+    "KDTrainer": "openrlhf.trainer.kd",
+    "KTOTrainer": "openrlhf.trainer.kto",
+    "ProcessRewardModelTrainer": "openrlhf.trainer.prm",
     "RewardModelTrainer": "openrlhf.trainer.reward_model",
     "SFTTrainer": "openrlhf.trainer.sft",
     "Trainer": "openrlhf.trainer.loop",

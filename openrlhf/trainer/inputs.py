@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from openrlhf.datasets.blending import load_train_eval
+from openrlhf.datasets.blending import load_train_eval, recognised
 from openrlhf.datasets.rows import NothingUsable
 from openrlhf.models.suitability import check_language_model
-from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
+
+TOKENS = "tokens"
+"""The folder of tokenised rows in a run folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +28,28 @@ class Inputs:
     train: Any
     evaluation: Sequence[Any]
 
+    def sets(self) -> list[Any]:
+        """Return both sets of rows."""
+        return [self.train, self.evaluation]
 
-def read_inputs(config: Any, dataset: type, stopping: str, check: Callable = check_language_model) -> Inputs:
+
+def read_inputs(
+    config: Any,
+    dataset: type,
+    stopping: str,
+    check: Callable = check_language_model,
+    beside: Mapping[str, str | None] | None = None,
+    run_path: Path | None = None,
+) -> Inputs:
     """Read the tokenizer and the data of a supervised command.
 
     Args:
-        dataset: the class of the rows, called as ``dataset(rows, tokenizer, config.data, name)``.
+        dataset: the class of the rows, called as ``dataset(rows, tokenizer, config.data, name)``; one that stores its
+            rows (``PARTS``) takes ``cache`` too.
         stopping: when a mixture ends: ``"first_exhausted"`` or ``"all_exhausted"``.
         check: what the model folder must pass, of :mod:`openrlhf.models.suitability`.
+        beside: flag -> path of language models that read the same token ids; None where there is none.
+        run_path: the run folder, where tokenised rows are kept; None keeps them nowhere.
 
     Raises:
         DataError: the model folder, the tokenizer or a row cannot be used.
@@ -43,12 +62,24 @@ def read_inputs(config: Any, dataset: type, stopping: str, check: Callable = che
         trust_remote_code=model.trust_remote_code,
         chat_template=data.tokenizer_chat_template,
     )
+    for flag, path in (beside or {}).items():
+        if path and path != model.pretrain:
+            check_language_model(path, trust_remote_code=model.trust_remote_code, flag=flag)
+            check_vocabulary(path, tokenizer, model, flag)
+    data = recognised(data, dataset.FORMATS, data.dataset, data.train_split)
     train_rows, eval_rows = load_train_eval(data, config.batch.seed, stopping)
-    train = dataset(train_rows, tokenizer, data, f"--dataset {data.dataset}")
-    return Inputs(tokenizer, train, _evaluation(eval_rows, dataset, tokenizer, data))
+    train = _in(run_path, "train", dataset)(train_rows, tokenizer, data, f"--dataset {data.dataset}")
+    return Inputs(tokenizer, train, _evaluation(eval_rows, _in(run_path, "eval", dataset), tokenizer, data))
 
 
-def _evaluation(rows: Any, dataset: type, tokenizer: Any, data: Any) -> Sequence[Any]:
+def _in(run_path: Path | None, name: str, dataset: Any) -> Callable:
+    """Return ``dataset``, told where to keep its rows."""
+    if run_path is None or not dataset.PARTS:
+        return dataset
+    return partial(dataset, cache=run_path / TOKENS / f"{name}.rows")
+
+
+def _evaluation(rows: Any, dataset: Callable, tokenizer: Any, data: Any) -> Sequence[Any]:
     """Return the rows to evaluate on; none where nobody asked for these and none of them can be used."""
     if data.eval_dataset:
         return dataset(rows, tokenizer, data, f"--eval_dataset {data.eval_dataset}")

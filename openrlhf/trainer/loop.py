@@ -111,8 +111,8 @@ class Trainer:
         """Return the loss of one micro-batch; evaluation calls it too, without gradients."""
         raise NotImplementedError
 
-    def prepare(self, batches: list) -> None:
-        """Look at all micro-batches of a step before its first backward; most algorithms need not."""
+    def prepare(self, rows: list[list[int]]) -> None:
+        """Look at the rows of this rank's micro-batches before the first backward of a step; most need not."""
 
     def before_export(self) -> None:
         """Bring up to date what an export holds beside the weights; called before each, and after the last step."""
@@ -283,7 +283,7 @@ class Trainer:
         Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
         """
         batches = [self._collate(self.train_data, micro) for micro in rows]
-        self.prepare(batches)
+        self.prepare(rows)
         weight, micro_batches, is_long = self._agree_on_step(rows, batches)
         share = weight / micro_batches
         sums, losses = MetricSums(), []
@@ -305,7 +305,10 @@ class Trainer:
         """
         output = self.compute_loss(batch)
         loss = output.loss_sum + output.aux_loss * aux_weight
-        return loss if micro else loss * 0.0, output.metrics
+        metrics = dict(output.metrics)
+        if output.aux_loss.requires_grad:
+            metrics["aux_loss"] = (output.aux_loss.detach(), torch.ones((), device=loss.device))
+        return loss if micro else loss * 0.0, metrics
 
     def _loss_alone(self, *arguments: Any) -> Tensor:
         return self._loss(*arguments)[0]

@@ -1,24 +1,98 @@
-"""What every supervised command does around its trainer: ranks before, callbacks between, export and report after."""
+"""What every supervised command does, written once; a :class:`Recipe` says what one of them differs in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from openrlhf.config.continuing import training_flags
+from openrlhf.models.actor import Actor
+from openrlhf.models.loading import load_causal_lm
+from openrlhf.models.suitability import check_language_model
+from openrlhf.strategy import signals
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import TrainEngine
+from openrlhf.strategy.export import export_model
 from openrlhf.trainer.alarms import Alarms, loss_alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.checkpointing import Checkpointing
+from openrlhf.trainer.inputs import Inputs, read_inputs
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
-from openrlhf.trainer.loop import Trainer
+from openrlhf.trainer.loop import Trainer, total_steps
 from openrlhf.trainer.profiling import Profiling, Recorder
 from openrlhf.trainer.report import report_line
-from openrlhf.trainer.setup import Run
+from openrlhf.trainer.setup import Run, start_up_lines
+
+
+def load_policy(config: Any, strategy: DeepSpeedStrategy, inputs: Inputs) -> Actor:
+    """Return the language model of ``--pretrain``."""
+    model = load_causal_lm(
+        config.model.pretrain,
+        config.model,
+        lora=config.lora,
+        context=strategy.loading_context,
+        seed=config.batch.seed,
+    )
+    return Actor(model, packing_samples=config.attention.packing_samples, aux_loss_coef=config.model.aux_loss_coef)
+
+
+def nothing_more(config: Any, strategy: DeepSpeedStrategy, inputs: Inputs, engine: TrainEngine) -> dict[str, Any]:
+    """Return no options: the trainer takes none of its own."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a supervised command differs in.
+
+    Attributes:
+        trainer: the algorithm; the first of its ``window_names`` is the loss.
+        dataset: the class of the rows.
+        mixing: when a mixture of data sets ends: ``"first_exhausted"`` or ``"all_exhausted"``.
+        model: ``model(config, strategy, inputs)`` loads what is trained.
+        options: ``options(config, strategy, inputs, engine)`` returns what the trainer takes beside what all take,
+            frozen models among it; ``engine`` holds what is trained.
+        check: what the folder of ``--pretrain`` must pass.
+        beside: flag -> path of the language models that read the same token ids.
+    """
+
+    trainer: type[Trainer]
+    dataset: type
+    mixing: str
+    model: Callable[[Any, DeepSpeedStrategy, Inputs], nn.Module] = load_policy
+    options: Callable[[Any, DeepSpeedStrategy, Inputs, TrainEngine], dict[str, Any]] = nothing_more
+    check: Callable[..., Any] = check_language_model
+    beside: Mapping[str, str | None] | None = None
+
+    def read(self, config: Any, run_path: Path | None = None) -> Inputs:
+        """Return the tokenizer and the data, before any model; tokenised rows are kept in the run folder."""
+        return read_inputs(config, self.dataset, self.mixing, self.check, self.beside, run_path)
+
+
+def train(config: Any, opened: Run, recipe: Recipe) -> None:
+    """Train as ``config`` and ``recipe`` say, on this rank. Raises the errors of :mod:`openrlhf.errors`."""
+    opened.phase("data preparation")
+    inputs = recipe.read(config, opened.path)
+    with joined_ranks(config) as strategy:
+        opened.phase("model")
+        model = recipe.model(config, strategy, inputs)
+        opened.say(*start_up_lines(config, opened, strategy, model, inputs.train, inputs.evaluation))
+        engine = strategy.prepare_train(model, config.optim, total_steps(len(inputs.train), config.batch))
+        options = recipe.options(config, strategy, inputs, engine)
+        export = partial(export_model, engine, strategy, tokenizer=inputs.tokenizer)
+        callbacks = supervised_callbacks(config, opened, strategy, export, tuple(recipe.trainer.window_names))
+        data = inputs.train, inputs.evaluation
+        trainer = recipe.trainer(engine, strategy, *data, config.batch, callbacks, **options)
+        with signals.held():
+            trainer.fit()
+            finish_run(config, opened, strategy, export, trainer)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ GROUPS = (
 TIME = "Time by phase (s)"
 HEADLINES = (
     *("eval true_score", "true_score", "eval reward", "reward", "kl", "response_length"),
-    *("eval loss", "eval gpt_loss", "loss", "gpt_loss", "eval acc_mean", "acc"),
+    *("eval loss", "eval gpt_loss", "eval prm_loss", "loss", "gpt_loss", "kto_loss", "prm_loss"),
+    *("eval kl", "eval acc_mean", "eval acc", "acc"),
 )
 NOT_METRICS = {"step", "global_step", "epoch", "phase", "time/step"}
 SMOOTH_ABOVE = 40

@@ -43,7 +43,7 @@ class RewardModelTrainer(Trainer):
 
     def compute_loss(self, batch: PreferenceBatch) -> StepOutput:
         """Return the pairwise loss, in float32; both sides of a pair go through the model in one forward."""
-        rewards = self.engine(batch.sequences, batch.attention_mask, read="last")
+        rewards, aux_loss = self.engine(batch.sequences, batch.attention_mask, read="last", with_aux_loss=True)
         chosen, rejected = rewards.chunk(2)
         if self._sigmoid:
             loss = pairwise_loss(chosen, rejected, batch.margin if self._margin_loss else None)
@@ -57,7 +57,7 @@ class RewardModelTrainer(Trainer):
             "reject_reward": (rejected.detach().double().sum(), pairs),
             "reward_square": (rewards.detach().double().square().sum(), 2 * pairs),
         }
-        return StepOutput(loss, loss.new_zeros(()), metrics)
+        return StepOutput(loss, aux_loss, metrics)
 
     def train_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
         """Return the means of a step but that of the squares, which only evaluation needs."""

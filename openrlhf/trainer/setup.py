@@ -123,10 +123,11 @@ def _data_line(train_data: Any, eval_data: Any) -> str:
 
 
 def _model_line(config: Any, world_size: int, model: Any) -> str:
-    # A parameter that ZeRO-3 shards is empty here and keeps its true size in ds_numel.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    total, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
-    needed = memory_per_rank(total, trained, config.deepspeed.zero_stage, world_size, config.model.bf16)
+    from openrlhf.models.adapters import parameter_counts
+
+    total, trained = parameter_counts(model)
+    stage, four_bits = config.deepspeed.zero_stage, config.lora.load_in_4bit
+    needed = memory_per_rank(total, trained, stage, world_size, config.model.bf16, four_bits)
     return (
         f"model    {config.model.pretrain}: {total:,} parameters, {trained:,} trained; about {_size(needed)} a rank "
         "for weights, gradients and Adam, activations on top"
@@ -137,12 +138,16 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def memory_per_rank(total: int, trained: int, zero_stage: int, world_size: int, bf16: bool) -> float:
+def memory_per_rank(
+    total: int, trained: int, zero_stage: int, world_size: int, bf16: bool, four_bits: bool = False
+) -> float:
     """Return the estimated bytes a rank needs for weights, gradients and Adam's states.
 
     fp32: 4 + 4 + 8 bytes a trained parameter; bf16: 2 + 4 + 12 with the fp32 master. ZeRO-1 shares the states over the
     ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights (ZeRO, https://arxiv.org/abs/1910.02054, section 3).
+    ``four_bits``: weights that are not trained take half a byte (embeddings and norms more, which is left out).
     """
     weights, gradients, states = (2, 4, 12) if bf16 else (4, 4, 8)
     share = [world_size if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    return total * weights / share[0] + trained * (gradients / share[1] + states / share[2])
+    held = trained * weights + (total - trained) * (0.5 if four_bits else weights)
+    return held / share[0] + trained * (gradients / share[1] + states / share[2])

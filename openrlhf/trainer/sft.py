@@ -26,4 +26,4 @@ class SFTTrainer(Trainer):
         """Return the next-token loss over the loss mask."""
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
         loss = next_token_loss(output.log_probs, batch.loss_mask)
-        return StepOutput(loss, loss.new_zeros(()), {"gpt_loss": (loss, batch.loss_mask.sum())})
+        return StepOutput(loss, output.aux_loss, {"gpt_loss": (loss, batch.loss_mask.sum())})

@@ -15,6 +15,7 @@ from tests.trainer.ppo.harness import reward_file, tiny_reward_model
 GOOD = [{"input": f"What is {i} + 30?", "output": f"It is {i + 30}."} for i in range(4)]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 SFT = "train_sft --pretrain model --dataset {data} --output_key output"
+STANDARD = "train_sft --pretrain model --dataset {data}"
 RM = "train_rm --pretrain model --dataset {data} --prompt_key input --chosen_key output"
 PPO = "train_ppo_ray --pretrain model --reward_pretrain rm --prompt_data {data}"
 
@@ -40,12 +41,14 @@ def raw(content: bytes, name: str = "data.jsonl") -> Callable[[Path], str]:
     return write
 
 
-def model(change: Callable[[Path], object], name: str = "model") -> Callable[[Path], str]:
+def model(
+    change: Callable[[Path], object], name: str = "model", rows: list[dict] | None = None
+) -> Callable[[Path], str]:
     """Return a function that changes the copy of a model folder, writes good rows and gives their file."""
 
     def write(folder: Path) -> str:
         change(folder / name)
-        return lines(*GOOD)(folder)
+        return lines(*(rows or GOOD))(folder)
 
     return write
 
@@ -86,6 +89,15 @@ def other_words(folder: Path) -> None:
     tokenizer = tiny_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|other|>"]})
     tokenizer.save_pretrained(folder)
+
+
+def swapped_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    *_, first, second = words
+    words[first], words[second] = words[second], words[first]
+    path.write_text(json.dumps(tokenizer))
 
 
 def removed(name: str) -> Callable[[Path], object]:
@@ -256,6 +268,49 @@ DATA = [
         (r"row 0: .*--prompt_key",),
         2,
     ),
+    Case("no answer named", STANDARD, lines(*GOOD), (r"--output_key is missing: name the column",), 2),
+    Case(
+        "messages without a chat template",
+        STANDARD,
+        lambda folder: without_template(folder / "model") or lines({"messages": CHAT})(folder),
+        (r"--apply_chat_template: the tokenizer of .* has no chat template", "--tokenizer_chat_template"),
+    ),
+    Case(
+        "messages of another form",
+        STANDARD,
+        lines({"messages": [{"from": "human", "value": "x"}]}),
+        (r"data\.jsonl:1: 'messages' .*role and content; found: from, value",),
+    ),
+    Case(
+        "messages without an answer",
+        STANDARD,
+        lines({"messages": CHAT[:1]}),
+        (r"no row can be used; 1 dropped .last message is not the assistant's: 1",),
+    ),
+    Case(
+        "a completion of another type",
+        STANDARD,
+        lines({"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": CHAT[1:]}),
+        (r"data\.jsonl:2: 'completion' is a list here and a str in .*data\.jsonl:1",),
+    ),
+    Case(
+        "a pair without its other half",
+        STANDARD.replace("sft", "rm"),
+        lines({"prompt": "x", "chosen": "y", "rejected": "z"}, {"prompt": "x", "chosen": "y"}),
+        (r"data\.jsonl:2: no key 'rejected'; found: prompt, chosen",),
+    ),
+    Case(
+        "a prompt that is a number",
+        STANDARD.replace("sft", "rm"),
+        lines({"prompt": 7, "chosen": "y", "rejected": "z"}),
+        (r"data\.jsonl:1: 'prompt' \(--prompt_key\): expected text",),
+    ),
+    Case(
+        "a second data set of another form",
+        STANDARD + ",other.jsonl --dataset_probs .5,.5",
+        lambda folder: lines(*GOOD, name="other.jsonl")(folder) and lines({"messages": CHAT})(folder),
+        (r"other\.jsonl:1: no key 'messages'; found: input, output; set --input_key",),
+    ),
     Case("no label", PPO + " --label_key gold", lines(*GOOD), (r"data\.jsonl:1: no key 'gold'.*--label_key",)),
     Case("empty prompts", PPO, lines({"input": ""}), (r"--prompt_data data\.jsonl: no row can be used; 1 dropped",)),
     Case(
@@ -343,12 +398,60 @@ MODELS = [
     Case("no critic", PPO + " --critic_pretrain ./c", lines(*GOOD), (r"--critic_pretrain \./c: there is no such",)),
     Case("offline hub", SFT.replace("model", "somebody/none"), lines(*GOOD), (r"--pretrain somebody/none: ",)),
 ]
-CASES = DATA + MODELS
+DPO = "train_dpo --pretrain model --dataset {data} --prompt_key input --chosen_key output"
+KTO = "train_kto --pretrain model --dataset {data} --output_key output"
+KD = "train_kd --pretrain model --teacher_model teacher --dataset {data}"
+PRM = "train_prm --pretrain model --dataset {data} --placeholder_token * --reward_tokens + -"
+PAIRS = [{**row, "rejected": "No."} for row in GOOD]
+LABELLED = [{**row, "label": True} for row in GOOD]
+STEPS = [{"input": "2 * 3 *", "label": ["+", "-"]}]
+FAMILY = [
+    Case("dpo without rejected answers", DPO, lines(*GOOD), (r"data\.jsonl:1: no key 'rejected'", "--rejected_key")),
+    Case(
+        "another reference",
+        DPO + " --ref_pretrain rm",
+        lines(*PAIRS),
+        (r"--ref_pretrain rm: this is a reward model",),
+    ),
+    Case(
+        "reference of another vocabulary",
+        DPO + " --ref_pretrain teacher",
+        model(other_words, "teacher", rows=PAIRS),
+        (r"--ref_pretrain teacher: ",),
+    ),
+    Case("no reference", DPO + " --ref_pretrain ./r", lines(*PAIRS), (r"--ref_pretrain \./r: there is no such",)),
+    Case("kto without labels", KTO, lines(*GOOD), (r"data\.jsonl:1: no key 'label'", "--label_key")),
+    Case("odd label", KTO, lines(*[{**row, "label": 3} for row in GOOD]), (r"row 0: 'label' \(--label_key\) is 3",)),
+    Case("two types of labels", KTO, lines(LABELLED[0], {**GOOD[0], "label": 1}), (r"data\.jsonl:2: 'label' is a n",)),
+    Case(
+        "no teacher", KD.replace("teacher --d", "./t --d"), lines(*GOOD), (r"--teacher_model \./t: there is no such",)
+    ),
+    Case(
+        "teacher of another vocabulary",
+        KD,
+        model(swapped_words, "teacher"),
+        (r"--teacher_model teacher: its vocabulary differs from that of --pretrain model",),
+    ),
+    Case(
+        "a reward model as teacher", KD.replace("teacher --d", "rm --d"), lines(*GOOD), (r"--teacher_model rm: this",)
+    ),
+    Case("prm without labels", PRM, lines(*GOOD), (r"data\.jsonl:1: no key 'label'", "--label_key")),
+    Case("long placeholder", PRM.replace("*", "ab-ab"), lines(*STEPS), (r"--placeholder_token: 'ab-ab' is",), 2),
+    Case("foreign label", PRM, lines({**STEPS[0], "label": ["+", "?"]}), (r"row 0.*'\?' is not one of --reward_tok",)),
+    Case(
+        "steps without labels",
+        PRM,
+        lines({**STEPS[0], "label": []}),
+        (r"1 dropped .labels and --placeholder_token differ",),
+    ),
+]
+CASES = DATA + MODELS + FAMILY
 
 
 def good_models(folder: Path) -> Path:
     """Make the models and the reward file that every case starts from."""
     tiny_folder(folder / "model")
+    tiny_folder(folder / "teacher", hidden=48)
     tiny_reward_model(folder / "rm")
     reward_file(folder)
     return folder

@@ -100,15 +100,14 @@ def _start(trial: Trial, folder: Path, port: int, *switches: str) -> None:
 
 def _program(name: str):
     """Return the configuration class and the function of a command; PPO's workers live in this process."""
-    from openrlhf.cli import train_rm, train_sft
-    from openrlhf.config.groups import RewardModelConfig, SFTConfig
+    from openrlhf.cli import train_dpo, train_kd, train_kto, train_prm, train_rm, train_sft
     from openrlhf.config.ppo import PPOConfig
 
-    return {
-        "train_sft": (SFTConfig, train_sft.train),
-        "train_rm": (RewardModelConfig, train_rm.train),
-        "train_ppo": (PPOConfig, train_ppo_here),
-    }[name]
+    if name == "train_ppo":
+        return PPOConfig, train_ppo_here
+    commands = (train_sft, train_rm, train_dpo, train_kto, train_kd, train_prm)
+    (command,) = (module.command for module in commands if module.command.name == name)
+    return command.config_class, command.train
 
 
 def train_ppo_here(config) -> None:
@@ -129,7 +128,7 @@ def train_ppo_here(config) -> None:
         roles = Roles(
             policy=group(PolicyWorker, **steps),
             critic=group(CriticWorker, **steps) if config.critic_source else None,
-            reference=group(ReferenceWorker) if config.algorithm.needs_reference else None,
+            reference=group(ReferenceWorker) if config.loads_reference else None,
             rewards=[group(RewardWorker, path=path) for path in config.model.reward_models],
         )
         engine = PolicyEngine(roles.policy)

@@ -42,6 +42,26 @@ def pairs(count: int, first: int = 0) -> list[dict]:
     ]
 
 
+def answers(count: int, first: int = 0) -> list[dict]:
+    """Return the answers of pairs, each for itself: the chosen ones are desirable."""
+    return [
+        {"prompt": row["prompt"], "answer": row[side], "label": side == "chosen"}
+        for row in pairs(count, first)
+        for side in ("chosen", "rejected")
+    ]
+
+
+def steps(count: int, first: int = 0) -> list[dict]:
+    """Return digits that each end a step with ``*``; every second step of a row is right."""
+    return [
+        {
+            "input": " ".join(f"{(i + k) % 10} *" for k in range(2 + i % 3)),
+            "label": ["+-"[(i + k) % 2] for k in range(2 + i % 3)],
+        }
+        for i in range(first, first + count)
+    ]
+
+
 def command(program: str, flags: dict, switches: tuple[str, ...] = ()) -> list[str]:
     """Return the command line that runs ``program`` on one rank."""
     words = [word for name, value in flags.items() for word in (f"--{name}", *str(value).split("|"))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.resuming import Trial, failures, free_ports
-from tests.cli.supervised import demonstrations, pairs, write_rows
+from tests.cli.supervised import answers, demonstrations, pairs, steps, write_rows
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
 from tests.trainer.ppo.harness import NOISY_COUNT, reward_file, tiny_reward_model
@@ -34,6 +34,9 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
     base = tiny_folder(folder / "base", "gpt2", **DROPOUT)
     rows = write_rows(folder / "sft.jsonl", demonstrations(22))
     ranked = write_rows(folder / "rm.jsonl", pairs(22))
+    labelled = write_rows(folder / "kto.jsonl", answers(11))
+    judged = write_rows(folder / "prm.jsonl", steps(22))
+    teacher = tiny_folder(folder / "teacher", "gpt2", seed=1)
     prompts = write_rows(
         folder / "prompts.jsonl", [{"input": f"{QUESTIONS[n % 3]} {n}", "label": str(n)} for n in range(11)]
     )
@@ -44,6 +47,22 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
     return {
         "train_sft": (*supervised, f"--dataset={rows}", f"--eval_dataset={rows}", *SFT_KEYS),
         "train_rm": (*supervised, f"--dataset={ranked}", f"--eval_dataset={ranked}", "--prompt_key=prompt"),
+        "train_dpo": (
+            *supervised,
+            f"--dataset={ranked}",
+            f"--eval_dataset={ranked}",
+            *DPO_FLAGS,
+            f"--ref_pretrain={teacher}",
+        ),
+        "train_kto": (*supervised, f"--dataset={labelled}", f"--eval_dataset={labelled}", *SFT_KEYS),
+        "train_kd": (
+            *supervised,
+            f"--dataset={rows}",
+            f"--eval_dataset={rows}",
+            *SFT_KEYS,
+            f"--teacher_model={teacher}",
+        ),
+        "train_prm": (*supervised, f"--dataset={judged}", f"--eval_dataset={judged}", *PRM_FLAGS),
         "train_ppo": (*ppo, *PPO_LEARNING, *evaluation),
         "gae": ("--advantage_estimator=gae", "--n_samples_per_prompt=1"),
         "rloo": ("--advantage_estimator=rloo", "--n_samples_per_prompt=2"),
@@ -52,6 +71,8 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
     }
 
 
+DPO_FLAGS = ("--prompt_key=prompt", "--nll_loss_coef=0.1")
+PRM_FLAGS = ("--placeholder_token=*", "--reward_tokens", "+", "-")
 SFT_KEYS = ("--input_key=prompt", "--output_key=answer")
 
 
@@ -100,7 +121,7 @@ def test_runs_taken_up_in_the_middle_at_an_edge_and_twice_are_the_whole_run_bit_
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("program", ["train_sft", "train_rm"])
+@pytest.mark.parametrize("program", ["train_sft", "train_rm", "train_dpo", "train_kto", "train_kd", "train_prm"])
 def test_every_supervised_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, program, ranks):
     assert_equal(tmp_path, supervised_trials(material, (program,)), ranks)
 
@@ -121,3 +142,34 @@ def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_p
         for trial in ppo_trials(material)
     ]
     assert_equal(tmp_path, trials)
+
+
+ADAPTERS = ("--lora_rank=4", "--lora_dropout=0.1", "--learning_rate=1e-2")
+
+
+def adapter_trial(material: dict, program: str, *flags: str, **options) -> Trial:
+    name = " ".join([program, *flags]).replace("--", "")
+    return Trial(name, program, (*material[program], *ADAPTERS, *flags), **options)
+
+
+def test_a_run_on_four_bit_weights_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path):
+    flags = ("--load_in_4bit", "--bf16")
+    assert_equal(tmp_path, [adapter_trial(material, "train_rm", *flags, cuts=(2,), broken_off=0, twice=False)])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_run_with_adapters_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, ranks):
+    trials = [
+        adapter_trial(material, program, f"--zero_stage={stage}", *flags)
+        for program, stage, flags in [
+            ("train_sft", 0, ()),
+            ("train_sft", 2, ("--bf16",)),
+            ("train_sft", 3, ("--bf16",)),
+            ("train_rm", 3, ()),
+            ("train_sft", 2, ("--load_in_4bit", "--bf16", "--adam_offload")),
+            ("train_rm", 1, ("--load_in_4bit",)),
+        ]
+    ]
+    assert_equal(tmp_path, trials, ranks)

@@ -10,8 +10,8 @@ import pytest
 
 from openrlhf.config.arguments import parse, to_flat_dict
 from openrlhf.config.flags import flag, flag_table
-from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.supervised import RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]

@@ -6,10 +6,10 @@ import pytest
 
 from openrlhf.config.continuing import FREE_FLAGS, FREE_GROUPS, IN_THE_LAYOUT, changed_flags, longer, training_flags
 from openrlhf.config.flags import flag_table
-from openrlhf.config.groups import RewardModelConfig, SFTConfig
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 
-COMMANDS = (SFTConfig, RewardModelConfig, PPOConfig)
+COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, PPOConfig)
 
 
 def with_flags(config, **values):
@@ -37,6 +37,8 @@ def changes(config, **values):
         (SFTConfig, "max_epochs", 1, "--max_epochs 2 -> 1"),
         (SFTConfig, "lr_scheduler", "linear", "--lr_scheduler cosine_with_min_lr -> linear"),
         (RewardModelConfig, "loss", "logexp", "--loss sigmoid -> logexp"),
+        (DPOConfig, "beta", 0.2, "--beta 0.1 -> 0.2"),
+        (PRMConfig, "reward_tokens", ("+", "-"), "--reward_tokens None -> + -"),
         (PPOConfig, "init_kl_coef", 0.1, "--init_kl_coef 0.01 -> 0.1"),
         (PPOConfig, "eps_clip", 0.1, "--eps_clip 0.2 -> 0.1"),
         (PPOConfig, "advantage_estimator", "rloo", "--advantage_estimator gae -> rloo"),
@@ -54,6 +56,8 @@ def test_a_flag_that_changes_the_training_is_named_with_both_values(command, nam
         (SFTConfig, {"save_path": "x", "ckpt_path": "y", "run_path": "z", "dataset": "moved.jsonl"}),
         (SFTConfig, {"save_steps": 7, "eval_steps": 3, "logging_steps": 2, "wandb_run_name": "x"}),
         (SFTConfig, {"micro_train_batch_size": 1, "gradient_checkpointing": True, "collective_timeout": 5}),
+        (DPOConfig, {"ref_offload": True, "precompute_ref_log_probs": True}),
+        (KDConfig, {"teacher_offload": True}),
         (PPOConfig, {"colocate_all_models": True, "vllm_num_engines": 2, "eval_dataset": "x", "perf": True}),
     ],
 )

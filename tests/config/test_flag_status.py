@@ -7,29 +7,29 @@ import pytest
 from openrlhf.config.arguments import parse
 from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, no_effect_notices, status
 from openrlhf.config.flags import flag_table
-from openrlhf.config.groups import DeepSpeedConfig, RewardModelConfig, SFTConfig
+from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
 from openrlhf.config.ppo import PPOConfig, RolloutConfig
+from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy.deepspeed_config import train_config
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
-    "lora_rank": ["8"],
-    "load_in_4bit": [],
     "ring_attn_size": ["2"],
     "ring_head_stride": ["2"],
-    "aux_loss_coef": ["0.01"],
-    "use_ms": [],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
 }
 
 
+COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, PPOConfig)
+
+
 def test_every_listed_flag_exists():
-    known = {name for command in (SFTConfig, RewardModelConfig, PPOConfig) for name in flag_table(command)}
+    known = {name for command in COMMANDS for name in flag_table(command)}
     assert set(NOT_YET) | set(NO_EFFECT_HERE) <= known
     assert set(ASKED) == set(NOT_YET)
     assert not set(NOT_YET) & set(NO_EFFECT_HERE)
@@ -42,7 +42,7 @@ def test_a_flag_that_is_not_built_yet_is_an_error(name):
     assert caught.value.problems == [f"--{name}: {NOT_YET[name].why}"]
 
 
-@pytest.mark.parametrize("name", [name for name in NOT_YET if name != "use_ms"])
+@pytest.mark.parametrize("name", NOT_YET)
 def test_a_dry_run_refuses_it_too(name):
     with pytest.raises(UsageError):
         parse(PPOConfig, [*PPO, "--dry_run", f"--{name}", *ASKED[name]], "train_ppo_ray")
@@ -53,7 +53,7 @@ def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
 
 
 def test_the_default_of_such_a_flag_may_be_written():
-    words = ["--lora_rank", "0", "--ring_attn_size", "1", "--aux_loss_coef", "0", "--lora_alpha", "32"]
+    words = ["--ring_attn_size", "1", "--lora_alpha", "32"]
     assert parse(SFTConfig, [*SFT, *words], "train_sft")[0].lora.lora_alpha == 32
 
 
@@ -66,7 +66,7 @@ def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
 
 
 def test_help_shows_the_status_of_a_flag(capsys):
-    for config_class in (PPOConfig, RewardModelConfig, SFTConfig):
+    for config_class in COMMANDS:
         print_help(config_class, config_class.__name__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*NOT_YET, *NO_EFFECT_HERE):
@@ -126,6 +126,9 @@ NO_USE = [
     ("train_sft", "--zpg 2"),
     ("train_sft", "--disable_ds_ckpt --save_steps 5"),
     ("train_rm", "--loss logexp --margin_loss"),
+    ("train_dpo", "--target_margin 1"),
+    ("train_dpo", "--loss simpo --beta 2 --ref_pretrain r"),
+    ("train_dpo", "--loss orpo --precompute_ref_log_probs"),
     ("train_ppo_ray", "--advantage_estimator reinforce --critic_pretrain c"),
     ("train_ppo_ray", "--advantage_estimator reinforce --lambd 0.9"),
     ("train_ppo_ray", "--enforce_eager"),
@@ -141,8 +144,18 @@ NO_USE = [
 
 @pytest.mark.parametrize(("command", "words"), NO_USE, ids=[" ".join(row) for row in NO_USE])
 def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
-    classes = {"train_sft": SFTConfig, "train_rm": RewardModelConfig, "train_ppo_ray": PPOConfig}
-    good = {"train_sft": SFT[:4] if "pretrain_mode" in words else SFT, "train_rm": SFT[:4], "train_ppo_ray": PPO}
+    classes = {
+        "train_sft": SFTConfig,
+        "train_rm": RewardModelConfig,
+        "train_dpo": DPOConfig,
+        "train_ppo_ray": PPOConfig,
+    }
+    good = {
+        "train_sft": SFT[:4] if "pretrain_mode" in words else SFT,
+        "train_rm": SFT[:4],
+        "train_dpo": SFT[:4],
+        "train_ppo_ray": PPO,
+    }
     parse(classes[command], [*good[command], *words.split()], command)
     idle = words.split("--")[-1].split()[0]
     assert f"note: --{idle} has no effect here" in capsys.readouterr().err
@@ -169,8 +182,11 @@ def test_deepspeed_never_hears_of_flags_that_its_stage_does_not_have(stage):
             "--vllm_num_engines 1",
             "--vllm_num_engines needs vllm, which is not installed: pip install 'openrlhf[vllm]'",
         ),
+        ("bitsandbytes", "--load_in_4bit --lora_rank 8", "--load_in_4bit needs bitsandbytes, which is not installed"),
+        ("peft", "--lora_rank 8", "--lora_rank needs peft, which is not installed: pip install 'peft'"),
         ("wandb", "--use_wandb True", "--use_wandb needs wandb, which is not installed: pip install 'wandb'"),
         ("tensorboard", "--use_tensorboard t", "--use_tensorboard needs tensorboard"),
+        ("modelscope", "--use_ms", "--use_ms needs modelscope, which is not installed: pip install 'modelscope'"),
         ("deepspeed", "", "the package deepspeed is not installed: pip install openrlhf"),
         ("ray", "", "the package ray is not installed: pip install openrlhf"),
     ],

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from openrlhf.config.arguments import parse
-from openrlhf.config.groups import SFTConfig
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.supervised import SFTConfig
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 SFT += ["--train_batch_size", "20", "--micro_train_batch_size", "4"]

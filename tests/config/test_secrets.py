@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from openrlhf.config.arguments import parse, to_flat_dict
-from openrlhf.config.groups import SFTConfig
 from openrlhf.config.secrets import hide_in_argv, is_secret, masked, wandb_key
+from openrlhf.config.supervised import SFTConfig
 
 KEY = "0123456789abcdef"
 SFT = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]

@@ -50,11 +50,15 @@ def test_whole_conversations_without_a_prompt_key_bring_their_own_prompt(chatml)
     assert own[0] == given[0]
 
 
-def test_plain_texts_without_a_prompt_key_are_all_answer(chatml):
-    dataset = PreferenceDataset([ROW], chatml, config(prompt_key=None))
-    batch = dataset.collate([dataset[0]])
-    assert sides(chatml, dataset)[0] == "It is 42.<|im_end|>"
-    assert (batch.loss_mask == batch.attention_mask[:, 1:]).all()
+def test_plain_texts_without_a_prompt_key_begin_with_their_prompt(chatml):
+    rows = [
+        {"chosen": "Human: 12 + 30?\nAI: 42.", "rejected": "Human: 12 + 30?\nAI: 72."},
+        {"chosen": "4", "rejected": "42"},
+    ]
+    dataset = PreferenceDataset(rows, chatml, config(prompt_key=None))
+    assert sides(chatml, dataset)[0] == "Human: 12 + 30?\nAI: 42.<|im_end|>"
+    expected = ["42.<|im_end|>", "<|im_end|>", "72.<|im_end|>", "2<|im_end|>"]
+    assert answers(chatml, dataset.collate([dataset[0], dataset[1]])) == expected
 
 
 def test_a_batch_holds_chosen_rows_then_rejected_rows_with_answers_masked(chatml):

@@ -92,6 +92,31 @@ def test_padded_and_packed_forwards_agree():
     torch.testing.assert_close(actor(sequences, mask).log_probs, packed, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2", "bloom"])
+def test_logits_and_the_cross_entropy_with_a_teacher_are_those_of_each_sequence_alone(arch):
+    model, teacher = tiny_causal_lm(None, arch), tiny_causal_lm(None, "llama", seed=3)
+    sequences, mask = batch()
+    where = torch.rand(3, 10, generator=torch.Generator().manual_seed(2)) < 0.4
+    places = [(b, t) for b, t in (where & mask[:, 1:]).nonzero().tolist()]
+    taught = Actor(teacher)(sequences, mask, where=where, read="logits").logits
+    actor = Actor(model)
+    logits = actor(sequences, mask, where=where, read="logits").logits
+    output = actor(sequences, mask, where=where, teacher_logits=taught)
+    plain = [copy.deepcopy(one) for one in (model, teacher)]
+    for one in plain:
+        one.set_attn_implementation("eager")
+    for number, (b, t) in enumerate(places):
+        ours, theirs = (one(sequences[b, : t + 1][None], use_cache=False).logits[0, -1].float() for one in plain)
+        torch.testing.assert_close(logits[number].float(), ours, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            output.log_probs[b, t], ours.log_softmax(-1)[sequences[b, t + 1]], atol=1e-4, rtol=1e-4
+        )
+        cross_entropy = -(theirs.softmax(-1) * ours.log_softmax(-1)).sum()
+        torch.testing.assert_close(output.cross_entropy[b, t], cross_entropy, atol=1e-4, rtol=1e-4)
+    assert len(logits) == len(places) > 3
+    assert not output.cross_entropy[~(where & mask[:, 1:])].any()
+
+
 def test_a_final_softcap_or_logit_scale_goes_through_the_full_logits():
     assert not _verified("gemma2").head_is_last
     assert not _verified("cohere").head_is_last

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from openrlhf.ops.logprobs import filled, log_probs_from_logits, token_log_probs
+from openrlhf.ops.logprobs import (
+    distilled_from_logits,
+    distilled_log_probs,
+    entropy_from_logits,
+    filled,
+    log_probs_from_logits,
+    token_log_probs,
+)
 
 N, H, V = 23, 8, 37
 
@@ -153,3 +160,61 @@ def test_log_probs_from_logits_equal_log_softmax(dtype):
     targets = torch.randint(0, V, (2, 5), generator=torch.Generator().manual_seed(1))
     expected = torch.log_softmax(logits.float() / 0.7, dim=-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(log_probs_from_logits(logits, targets, temperature=0.7), expected)
+
+
+def a_teacher(vocabulary=V, seed=5):
+    return 2.0 * torch.randn(N, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_cross_entropy(hidden, weight, teacher, bias=None):
+    logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
+    return -(torch.softmax(teacher, -1) * torch.log_softmax(logits.float(), -1)).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 1024])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_distilled_values_and_gradients_equal_the_naive_ones(chunk_size, with_bias):
+    hidden, weight, bias, targets, upstream = a_head()
+    bias, teacher = bias if with_bias else None, a_teacher()
+    inputs = [hidden, weight] + ([bias] if with_bias else [])
+    ours = distilled_log_probs(hidden, weight, targets, teacher, bias=bias, chunk_size=chunk_size)
+    expected = naive(hidden, weight, targets, bias), naive_cross_entropy(hidden, weight, teacher, bias)
+    torch.testing.assert_close(ours, expected)
+    sums = [(0.3 * pair[0] * upstream).sum() + (pair[1] * upstream.flip(0)).sum() for pair in (ours, expected)]
+    for got, want in zip(*(torch.autograd.grad(total, inputs) for total in sums)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_cross_entropy_is_least_when_the_student_is_the_teacher():
+    hidden, weight, _, targets, _ = a_head()
+    _, cross_entropy = distilled_log_probs(hidden, weight, targets, (hidden @ weight.t()).detach())
+    torch.testing.assert_close(cross_entropy, entropy_from_logits((hidden @ weight.t()).detach(), chunk_size=4))
+    (grad,) = torch.autograd.grad(cross_entropy.sum(), weight)
+    assert grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", [V - 6, V + 6])
+def test_a_teacher_with_more_or_fewer_tokens_at_the_end_teaches_the_common_ones(vocabulary):
+    hidden, weight, _, targets, _ = a_head()
+    teacher = a_teacher(vocabulary)
+    common = torch.full((N, V), -math.inf)
+    common[:, : min(V, vocabulary)] = teacher[:, :V]
+    log_probs, cross_entropy = distilled_log_probs(hidden, weight, targets, teacher)
+    torch.testing.assert_close(log_probs, naive(hidden, weight, targets))
+    torch.testing.assert_close(cross_entropy, naive_cross_entropy(hidden, weight, common))
+
+
+def test_distillation_from_full_logits_gives_the_same():
+    hidden, weight, _, targets, _ = a_head()
+    teacher = a_teacher()
+    expected = distilled_log_probs(hidden, weight, targets, teacher)
+    torch.testing.assert_close(distilled_from_logits(hidden @ weight.t(), targets, teacher), expected)
+
+
+def test_no_rows_distil_nothing():
+    _, weight, _, _, _ = a_head()
+    hidden, nothing = torch.zeros(0, H, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    log_probs, cross_entropy = distilled_log_probs(hidden, weight, nothing, torch.zeros(0, V))
+    (log_probs.sum() + cross_entropy.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros(V, H))
+    assert entropy_from_logits(torch.zeros(0, V)).shape == (0,)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from openrlhf.config.groups import LoRAConfig
 from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOConfig, PPOModelConfig, VLLMConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
@@ -89,6 +90,11 @@ def test_without_a_critic_sharing_with_it_means_nothing_and_is_said():
 def test_there_is_no_reference_without_a_kl_penalty():
     assert Placement.from_config(config_with(algorithm={"init_kl_coef": 0.0})).role("ref") is None
     assert Placement.from_config(config_with(algorithm={"init_kl_coef": 0.0, "kl_target": 1.0})).role("ref")
+
+
+def test_with_adapters_the_policy_is_its_own_reference():
+    placement = Placement.from_config(replace(config_with(colocate_actor_ref=True), lora=LoRAConfig(lora_rank=8)))
+    assert placement.role("ref") is None and placement.occupants("actor") == ["actor"]
 
 
 def test_an_unset_number_of_engines_means_none():

@@ -20,7 +20,7 @@ root = Path(sys.argv[1])
 
 def wrong_flag():
     from openrlhf.config.arguments import parse
-    from openrlhf.config.groups import SFTConfig
+    from openrlhf.config.supervised import SFTConfig
     parse(SFTConfig, ["--pretrain", "m", "--dataset", "d", "--train_batch_size", "0"], "train_sft")
 
 def name_that_leads_out():

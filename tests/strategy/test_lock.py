@@ -97,7 +97,8 @@ def test_reading_the_lock_does_not_give_it_back(tmp_path, held):
 
 SECOND = """
 import sys
-from openrlhf.config.groups import CheckpointConfig, LoggingConfig, SFTConfig
+from openrlhf.config.groups import CheckpointConfig, LoggingConfig
+from openrlhf.config.supervised import SFTConfig
 from openrlhf.cli.common import run
 from openrlhf.trainer.setup import open_run
 

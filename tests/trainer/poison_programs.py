@@ -74,16 +74,16 @@ class PoisonedPolicy(PolicyWorker):
     how = ""
 
     def loss(self, batch, whiten):
-        loss, metrics = super().loss(batch, whiten)
-        return spoilt(self.how, batch, loss), metrics
+        output = super().loss(batch, whiten)
+        return output._replace(loss_sum=spoilt(self.how, batch, output.loss_sum))
 
 
 class PoisonedCritic(CriticWorker):
     how = ""
 
     def loss(self, batch, whiten):
-        loss, metrics = super().loss(batch, whiten)
-        return spoilt(self.how, batch, loss), metrics
+        output = super().loss(batch, whiten)
+        return output._replace(loss_sum=spoilt(self.how, batch, output.loss_sum))
 
 
 class Snapshots(Callback):

@@ -1,6 +1,6 @@
 """However a step is packed, cut into micro-batches, dealt to ranks or sharded: it applies the gradient of the formula.
 
-The full tier runs all 48 ways for each of four losses.
+The full tier runs all 48 ways for each loss.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ DIAGONAL = [
     ["sft", False, 3, 4],
     ["rm", True, 2, 1],
     ["rm", False, 0, 4],
+    ["dpo", True, 2, 2],
+    ["dpo", False, 3, 1],
+    ["simpo", True, 0, 4],
+    ["kto", True, 1, 2],
+    ["kto", False, 3, 4],
+    ["kd", True, 3, 1],
+    ["kd", False, 1, 4],
+    ["prm", True, 3, 2],
+    ["prm", False, 0, 1],
     ["policy", True, 3, 2],
     ["policy", False, 1, 1],
     ["value", True, 1, 4],
@@ -28,6 +37,7 @@ DIAGONAL = [
 def check(folder, ranks: int, cases: list[list], timeout: float = 240) -> float:
     """Compare the gradients of the cases on so many ranks with plain torch; return the largest difference."""
     tiny_folder(folder / "policy")
+    tiny_folder(folder / "frozen", seed=1)
     tiny_reward_model(folder / "reward")
     if ranks == 1:
         results = [differences(str(folder), cases)]
@@ -54,6 +64,6 @@ def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
-    assert len(cases) == 4 * 48 / 2
+    assert len(cases) == 9 * 48 / 2
     largest = check(tmp_path, ranks, cases, timeout=800)
     print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")

@@ -16,7 +16,8 @@ from openrlhf.trainer.setup import memory_per_rank
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
-from openrlhf.config.groups import CheckpointConfig, LoggingConfig, SFTConfig
+from openrlhf.config.groups import CheckpointConfig, LoggingConfig
+from openrlhf.config.supervised import SFTConfig
 from openrlhf.trainer.setup import open_run
 
 config = SFTConfig(checkpoint=CheckpointConfig(save_path={save!r}), logging=LoggingConfig(use_wandb="secret-key"))
@@ -112,6 +113,7 @@ def test_memory_shrinks_with_the_stage_by_what_it_shards():
     assert full == [1600, 1200, 1000, 800]
     assert memory_per_rank(100, 100, 0, 2, bf16=True) == 1800
     assert memory_per_rank(100, 10, 0, 1, bf16=False) == 520
+    assert memory_per_rank(110, 10, 0, 1, bf16=True, four_bits=True) == 50 + 20 + 160
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -150,7 +150,7 @@ class ExperienceMaker:
         roles, parts = self.roles, self.roles.shards
         shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
-        reference = roles.reference.map(ReferenceWorker.log_probs, shards) if roles.reference else log_probs
+        reference = self._ask_reference(shards) if self.config.algorithm.needs_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
         from_models = self._ask_models(shards)
         from_function = self._ask(self.reward_function, rollouts)
@@ -173,6 +173,12 @@ class ExperienceMaker:
         scores = self._add_up(rollouts, models, self._ask(self.reward_function, rollouts))
         true = self._ask(self.true_score, rollouts)
         return scores.tolist(), true.rewards if true else None
+
+    def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
+        """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
+        if self.roles.reference:
+            return self.roles.reference.map(ReferenceWorker.log_probs, shards)
+        return self.roles.policy.map(PolicyWorker.reference_log_probs, shards)
 
     def _ask_models(self, shards: list[SequenceBatch]) -> list[tuple[WorkerGroup, list[Any]]]:
         """Set every reward model to work at once and return its futures."""

@@ -32,7 +32,7 @@ from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
-OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps")
+OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
 """Metrics that the policy and the critic both have."""
 
 

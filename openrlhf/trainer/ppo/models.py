@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.errors import DataError
 from openrlhf.models.actor import Actor
 from openrlhf.models.loading import load_causal_lm
-from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.tokenizer import check_vocabulary
 from openrlhf.models.value_head import ValueModel, load_value_model
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 
@@ -20,9 +19,15 @@ def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = 
     model = load_causal_lm(
         config.model.pretrain,
         config.model if train else replace(config.model, gradient_checkpointing=False),
+        lora=config.lora if train else config.lora.without_adapters,
         context=partial(strategy.loading_context, train=train),
+        seed=config.batch.seed,
     )
-    return Actor(model, packing_samples=config.attention.packing_samples)
+    return Actor(
+        model,
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef if train else 0.0,
+    )
 
 
 def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: int) -> ValueModel:
@@ -32,6 +37,7 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
     model = load_value_model(
         source,
         config.model,
+        lora=config.lora,
         gather=partial(strategy.gather, modifier_rank=0),
         context=strategy.loading_context,
         init_value_head=True if source == named.pretrain else None,
@@ -41,30 +47,21 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
         seed=config.batch.seed,
         flag="--critic_pretrain" if named.critic_pretrain else own_flag,
     )
-    return ValueModel(model, read="each", packing_samples=config.attention.packing_samples)
-
-
-def check_vocabulary(config: PPOConfig, path: str, tokenizer: Any) -> None:
-    """Raise DataError when the reward model at ``path`` has another vocabulary than the policy's ``tokenizer``."""
-    own = load_tokenizer(
-        path,
-        use_fast=not config.model.disable_fast_tokenizer,
-        trust_remote_code=config.model.trust_remote_code,
-        flag="--reward_pretrain",
+    return ValueModel(
+        model,
+        read="each",
+        packing_samples=config.attention.packing_samples,
+        aux_loss_coef=config.model.aux_loss_coef,
     )
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--reward_pretrain {path}: its vocabulary differs from that of --pretrain {config.model.pretrain}; "
-            "the reward model reads the policy's token ids, so both must have one tokenizer"
-        )
 
 
 def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str, tokenizer: Any) -> Any:
     """Return the reward model at ``path``, ready to score. Raises DataError when it has another vocabulary."""
-    check_vocabulary(config, path, tokenizer)
+    check_vocabulary(path, tokenizer, config.model, "--reward_pretrain")
     model = load_value_model(
         path,
         replace(config.model, gradient_checkpointing=False),
+        lora=config.lora.without_adapters,
         gather=strategy.gather,
         context=partial(strategy.loading_context, train=False),
         init_value_head=False,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from openrlhf.config.continuing import training_flags
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.datasets.blending import load_mixture, required_keys
+from openrlhf.datasets.blending import load_mixture, recognised, required_keys
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
 from openrlhf.device import seed_everything
 from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
-from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.strategy.checkpoint import CheckpointManager
@@ -24,7 +24,6 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.models import check_vocabulary
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, Worker
 from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
@@ -55,7 +54,7 @@ class Inputs:
             chat_template=config.prompts.tokenizer_chat_template,
         )
         for path in config.model.reward_models:
-            check_vocabulary(config, path, self.tokenizer)
+            check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
         reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
         self.reward_function = RewardFunction(reward_file) if reward_file else None
         self.true_score = RewardFunction(eval_file) if eval_file else None
@@ -70,7 +69,8 @@ class Inputs:
         return self.config.optimizer_steps(len(self.prompts))
 
     def _load(self, spec: str, probs: str | None, split: str, flag: str) -> PromptDataset:
-        data, reward = self.config.prompts, self.config.reward
+        reward = self.config.reward
+        data = recognised(self.config.prompts, PromptDataset.FORMATS, spec, split, flag)
         rows = load_mixture(
             spec,
             probs,
@@ -143,8 +143,9 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
 def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, placement: Sequence[str]) -> list[str]:
     """Return what a person wants to know before the first rollout."""
     rollout, batch, ranks = config.rollout, config.batch, roles.policy.size
-    parameters = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
-    gib = memory_per_rank(parameters, parameters, config.deepspeed.zero_stage, ranks, config.model.bf16) / 2**30
+    parameters, trained = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
+    stage, bf16, four_bits = config.deepspeed.zero_stage, config.model.bf16, config.lora.load_in_4bit
+    gib = memory_per_rank(parameters, trained, stage, ranks, bf16, four_bits) / 2**30
     precision = "bf16 weights, fp32 master" if config.model.bf16 else "fp32"
     return [
         f"run      {run.path}",
@@ -154,8 +155,8 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",
-        f"policy   {config.model.pretrain}: {parameters:,} parameters; about {gib:.2f} GiB a rank for weights, "
-        "gradients and Adam, activations on top",
+        f"policy   {config.model.pretrain}: {parameters:,} parameters, {trained:,} trained; about {gib:.2f} GiB a "
+        "rank for weights, gradients and Adam, activations on top",
     ]
 
 

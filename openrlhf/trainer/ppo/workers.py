@@ -18,17 +18,20 @@ from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.device import empty_cache
+from openrlhf.models.actor import ActorOutput
+from openrlhf.models.adapters import parameter_counts, trained_names
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.ops.masking import masked_sum, masked_whiten
 from openrlhf.ops.policy_loss import ppo_policy_loss, value_loss
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
-from openrlhf.strategy.engine import StepResult
+from openrlhf.strategy.engine import StepResult, merged_weights, named_weights
 from openrlhf.strategy.export import export_model
 from openrlhf.strategy.rng import load_rng, save_rng
 from openrlhf.strategy.room import checkpoint_bytes
 from openrlhf.trainer.finite import StepGuard
+from openrlhf.trainer.loop import StepOutput
 from openrlhf.trainer.metrics import MetricSums
 from openrlhf.trainer.ppo.assembly import (
     add_statistics,
@@ -106,8 +109,8 @@ class TrainedWorker(Worker):
 
     engine: Any
 
-    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
-        """Return the loss summed over the actions of ``batch``, and metrics as ``(sum, count)``."""
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
+        """Return the loss summed over the actions of ``batch``, the load-balancing loss, and metrics."""
         raise NotImplementedError
 
     def after_step(self) -> None:
@@ -150,22 +153,37 @@ class TrainedWorker(Worker):
 
         Return None when no rank has an action to learn from, or when the step was left out.
         """
-        weight = self.comm.all_reduce(float(sum(int(micro.action_mask.sum()) for micro in micro_batches)))
+        tokens = float(sum(int(micro.action_mask.sum()) for micro in micro_batches))
+        filled = float(sum(bool((micro.sample >= 0).any()) for micro in micro_batches))
+        counts = torch.tensor([tokens, filled], dtype=torch.float64, device=self.strategy.device)
+        weight, micros = self.comm.all_reduce(counts).tolist()
         if not weight:
             return None
         losses, metrics = [], MetricSums()
         for micro in micro_batches:
-            loss, found = self.loss(micro.to(self.strategy.device), whiten)
+            loss, found = self._whole_loss(micro, whiten, weight / micros)
             metrics.add(found)
             self.engine.backward(loss, weight)
             losses.append(loss.detach())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
-        again = [lambda micro=micro: self.loss(micro.to(self.strategy.device), whiten)[0] for micro in micro_batches]
+        again = [lambda micro=micro: self._whole_loss(micro, whiten, weight / micros)[0] for micro in micro_batches]
         result = self.guard.step(name, samples, losses, again)
         if result is not None:
             sums.join(metrics)
             self.after_step()
         return result
+
+    def _whole_loss(
+        self, micro: Experience, whiten: tuple[float, float] | None, aux_weight: float
+    ) -> tuple[Tensor, dict]:
+        """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics."""
+        output = self.loss(micro.to(self.strategy.device), whiten)
+        if not output.aux_loss.requires_grad:
+            return output.loss_sum, output.metrics
+        # A rank without rows works on a blank one, whose routing is nobody's.
+        filled = (micro.sample >= 0).any().to(output.aux_loss)
+        metrics = {**output.metrics, "aux_loss": (output.aux_loss.detach() * filled, filled)}
+        return output.loss_sum + output.aux_loss * filled * aux_weight, metrics
 
     def checkpoint_bytes(self) -> tuple[int, int]:
         """Return the bytes of a checkpoint of this role over all its ranks, and of an export."""
@@ -191,16 +209,22 @@ class PolicyWorker(TrainedWorker):
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
         self.average = WeightAverage(config.algorithm.ema_beta) if config.algorithm.enable_ema else None
         if self.average:
-            self.average.start(self._weights(), keep=self.comm.rank == 0)
+            self.average.start(self._trained(), keep=self.comm.rank == 0)
 
-    def parameters(self) -> int:
-        """Return the number of the policy's parameters; one that ZeRO-3 shards keeps its true size in ``ds_numel``."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.actor.parameters())
+    def parameters(self) -> tuple[int, int]:
+        """Return the number of the policy's parameters, and of those that are trained."""
+        return parameter_counts(self.actor)
 
     def log_probs(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """Return the log-probs ``(B, T)`` of the actions at the rollout temperature."""
         self.engine.eval()
         return self._forward(batches, self._action_log_probs)
+
+    def reference_log_probs(self, batches: list[SequenceBatch]) -> list[Tensor]:
+        """Return the log-probs ``(B, T)`` of the policy without its adapter: those of the model it started from."""
+        self.engine.eval()
+        with self.actor.without_adapter():
+            return self._forward(batches, self._action_log_probs)
 
     def assemble(
         self,
@@ -231,29 +255,32 @@ class PolicyWorker(TrainedWorker):
         """Return sums over the actions of this rank, for the driver to add up."""
         return add_statistics([experience_statistics(experience) for experience in experiences if len(experience)])
 
-    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
         """Return PPO's clipped loss summed over the actions."""
         mask = batch.action_mask
-        log_probs = self._action_log_probs(batch)
+        output = self._read(batch)
         advantages = batch.advantages if whiten is None else masked_whiten(batch.advantages, mask, *whiten)
         loss, metrics = ppo_policy_loss(
-            log_probs, batch.log_probs, advantages, mask, clip=self.config.algorithm.eps_clip
+            output.log_probs, batch.log_probs, advantages, mask, clip=self.config.algorithm.eps_clip
         )
-        return loss, {"policy_loss": (loss.detach(), mask.sum()), **metrics}
+        metrics = {"policy_loss": (loss.detach(), mask.sum()), **metrics}
+        return StepOutput(loss, output.aux_loss, metrics)
 
     def _action_log_probs(self, batch: SequenceBatch) -> Tensor:
-        output = self.engine(
+        return self._read(batch).log_probs
+
+    def _read(self, batch: SequenceBatch) -> ActorOutput:
+        return self.engine(
             batch.sequences,
             batch.attention_mask,
             temperature=scoring_temperature(self.config),
             where=batch.action_mask,
         )
-        return output.log_probs
 
     def after_step(self) -> None:
         """Follow the new weights with the moving average."""
         if self.average:
-            self.average.follow(self._weights())
+            self.average.follow(self._trained())
 
     def generate(
         self, prompts: list[list[Prompt]], *, sampling: SamplingParams, version: int = 0
@@ -268,10 +295,10 @@ class PolicyWorker(TrainedWorker):
     def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.
 
-        All ranks must exhaust it; only rank 0 gets any.
+        Adapters are merged into the weights that they belong to. All ranks must exhaust it; only rank 0 gets any.
         """
         bucket, size = [], 0
-        for name, tensor in self._weights():
+        for name, tensor in merged_weights(self.actor.model, self.strategy, wanted=self.comm.rank == 0):
             bucket.append((name, tensor))
             size += tensor.numel() * tensor.element_size()
             if size >= bucket_bytes:
@@ -280,8 +307,10 @@ class PolicyWorker(TrainedWorker):
         if bucket:
             yield bucket
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.engine.named_weights(root=self.actor.model, wanted=self.comm.rank == 0)
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that learn, whole, on rank 0: all of them, or the adapter's."""
+        names = trained_names(self.actor.model) if self.actor.has_adapter else None
+        return named_weights(self.actor.model, self.strategy, wanted=self.comm.rank == 0, only=names)
 
     def save(self, *, path: str) -> None:
         """Write the training state and the moving average; all ranks call it."""
@@ -296,7 +325,10 @@ class PolicyWorker(TrainedWorker):
             self.average.load(Path(path) / "ema.pt")
 
     def export(self, *, path: str) -> None:
-        """Write the policy, or its moving average where there is one, as a Hugging Face folder; all ranks call it."""
+        """Write the policy, or its moving average where there is one, as a Hugging Face folder; all ranks call it.
+
+        Of a policy with an adapter that is the folder of the adapter.
+        """
         average = self.average.swapped_into(self.actor.model, self.strategy) if self.average else nullcontext()
         with average:
             export_model(self.engine, self.strategy, path, self.tokenizer)
@@ -318,13 +350,15 @@ class CriticWorker(TrainedWorker):
     def _values(self, batch: SequenceBatch) -> Tensor:
         return self.engine(batch.sequences, batch.attention_mask, read="each")[:, :-1]
 
-    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> tuple[Tensor, dict]:
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
         """Return the clipped squared error summed over the actions."""
-        mask, values = batch.action_mask, self._values(batch)
+        mask = batch.action_mask
+        found, aux_loss = self.engine(batch.sequences, batch.attention_mask, read="each", with_aux_loss=True)
+        values = found[:, :-1]
         loss, metrics = value_loss(values, batch.values, batch.returns, mask, clip=self.config.algorithm.value_clip)
         count = mask.sum()
         own = {"critic_loss": (loss.detach(), count), "values": (masked_sum(values.detach(), mask), count)}
-        return loss, {**own, **metrics}
+        return StepOutput(loss, aux_loss, {**own, **metrics})
 
     def export(self, *, path: str) -> None:
         """Write the critic as a Hugging Face folder; all ranks call it."""

@@ -121,7 +121,7 @@ def local_roles(config: PPOConfig, prompts: int) -> Roles:
     return Roles(
         policy=LocalGroup(PolicyWorker(config, strategy, max_steps=steps)),
         critic=LocalGroup(critic) if critic else None,
-        reference=LocalGroup(ReferenceWorker(config, strategy)) if config.algorithm.needs_reference else None,
+        reference=LocalGroup(ReferenceWorker(config, strategy)) if config.loads_reference else None,
         rewards=[LocalGroup(RewardWorker(config, strategy, path=path)) for path in config.model.reward_models],
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf.config.groups import LoRAConfig
 from openrlhf.config.ppo import PPOOptimConfig
 from openrlhf.errors import InfraError
 from openrlhf.rollout.vllm_engine import VLLMEngine
@@ -53,6 +54,29 @@ def run_with_and_without_repacking(folder: str) -> dict:
     loop, mended = loop_with(engine, config)
     loop.fit()
     return {"error": error, "broken": len(broken.steps), "gaps": [step["sync_gap_max"] for step in mended.steps]}
+
+
+def run_with_adapters(folder: str) -> dict:
+    """Train adapters, on whole weights and on 4-bit ones, with samples of an engine; return the gaps of each run."""
+    policy = tiny_folder(Path(folder) / "policy", tied=True, hidden=64)
+    config = with_rollout(tiny_ppo_config(Path(folder)), num_episodes=3, rollout_batch_size=8, generate_max_len=6)
+    config = replace(config, optim=PPOOptimConfig(actor_learning_rate=2e-2, lr_warmup_ratio=0.0))
+    engine = VLLMEngine(policy, dtype="float32", max_model_len=64, enforce_eager=True)
+    found = {}
+    for name, four_bits in (("lora", False), ("qlora", True)):
+        loop, recorder = loop_with(engine, replace(config, lora=LoRAConfig(lora_rank=4, load_in_4bit=four_bits)))
+        loop.fit()
+        found[name] = [(step["sync_gap_max"], step["kl"]) for step in recorder.steps]
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_an_engine_serves_adapters_merged_into_their_base(tmp_path):
+    [result] = run_ranks(f"{__name__}:run_with_adapters", 1, folder=str(tmp_path))
+    for steps in result.values():
+        assert len(steps) == 3 and max(gap for gap, _ in steps) < 1e-5
+        assert abs(steps[0][1]) < 1e-6 and abs(steps[2][1]) > 1e-6, "the policy moves away from its base"
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,102 @@
+"""TRL's standard formats: columns whose names say what they hold, so that no key flag is needed.
+
+A key flag that was set wins, and so does the default of one where the data has that column. See
+https://huggingface.co/docs/trl/dataset_formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from openrlhf.errors import DataError
+
+Keys = Mapping[str, str | None]
+
+DEMONSTRATIONS: tuple[Keys, ...] = (
+    {"input_key": "messages", "output_key": None},
+    {"input_key": "prompt", "output_key": "completion"},
+)
+RAW_TEXTS: tuple[Keys, ...] = ({"input_key": "text"},)
+PROMPTS: tuple[Keys, ...] = ({"input_key": "prompt"},)
+PAIRS: tuple[Keys, ...] = (
+    {"prompt_key": "prompt", "chosen_key": "chosen", "rejected_key": "rejected"},
+    {"prompt_key": None, "chosen_key": "chosen", "rejected_key": "rejected"},
+)
+UNPAIRED: tuple[Keys, ...] = ({"input_key": "prompt", "output_key": "completion", "label_key": "label"},)
+STEPWISE: tuple[Keys, ...] = ({"input_key": "prompt", "steps_key": "completions", "label_key": "labels"},)
+KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key", "steps_key")
+
+
+def recognise(cfg: Any, formats: Sequence[Keys], columns: Collection[str]) -> dict[str, str | None]:
+    """Return ``{key flag: column}`` of the first format that the columns hold and no key flag contradicts, or ``{}``.
+
+    Args:
+        cfg: a dataclass with key flags among its fields.
+    """
+    for keys in formats:
+        wanted = {name: _chosen(cfg, name, columns) for name in KEYS}
+        fits = all(column in (None, keys.get(name)) for name, column in wanted.items())
+        if fits and all(column in columns for column in keys.values() if column):
+            return dict(keys)
+    return {}
+
+
+def with_standard_keys(cfg: Any, formats: Sequence[Keys], row: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return ``cfg`` with the keys of the format that ``row`` has, and what that changed as words of a command line.
+
+    Where these columns hold messages the chat template is switched on. Nothing changes for any other row.
+    """
+    if getattr(cfg, "pretrain_mode", False):
+        formats = RAW_TEXTS
+    keys = recognise(cfg, [keys for keys in formats if not _holds_prompt(row, keys)], row)
+    known = {item.name for item in fields(cfg)}
+    changes: dict[str, Any] = {name: column for name, column in keys.items() if name in known}
+    if any(_is_conversation(row[column]) for column in keys.values() if column):
+        changes["apply_chat_template"] = True
+    changes = {name: value for name, value in changes.items() if getattr(cfg, name) != value}
+    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items() if value]
+    return replace(cfg, **changes), " ".join(words)
+
+
+def shared_prompt(chosen: Sequence[Mapping], rejected: Sequence[Mapping]) -> int:
+    """Return how many messages two conversations share before the first answer in which they differ."""
+    most = min(len(chosen), len(rejected)) - 1
+    start = next((index for index in range(most) if chosen[index] != rejected[index]), most)
+    while start > 0 and {chosen[start]["role"], rejected[start]["role"]} != {"assistant"}:
+        start -= 1
+    return start
+
+
+def stepwise_text(steps: Any, labels: Any, placeholder: str, where: str) -> str:
+    """Return a solution given in steps as one text: a line a step, each ending in ``placeholder``.
+
+    Raises:
+        DataError: the steps are no texts, or there are not as many labels; says ``where``.
+    """
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise DataError(f"{where}: the steps of a solution are a list of texts; found {type(steps).__name__}")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        count = len(labels) if isinstance(labels, list) else type(labels).__name__
+        raise DataError(f"{where}: {len(steps)} steps and {count} labels; give one label a step")
+    return "\n".join(f"{step} {placeholder}" for step in steps)
+
+
+def _chosen(cfg: Any, name: str, columns: Collection[str]) -> str | None:
+    """Return the column that a key flag asks for; None where it has its default and the data no such column."""
+    value = getattr(cfg, name, None)
+    default = next((item.default for item in fields(cfg) if item.name == name), None)
+    return None if value == default and value not in columns else value
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and "role" in part for part in value)
+
+
+def _holds_prompt(row: Mapping[str, Any], keys: Keys) -> bool:
+    """Whether the answers of a pair bring their prompt along, as a text's beginning or in the first messages."""
+    prompt, chosen = (row.get(keys.get(name) or "") for name in ("prompt_key", "chosen_key"))
+    if _is_conversation(chosen):
+        return prompt is not None and chosen[0]["role"] != "assistant"
+    return isinstance(prompt, str) and isinstance(chosen, str) and bool(prompt) and chosen.startswith(prompt)

@@ -1,0 +1,139 @@
+"""Kahneman-Tversky optimisation: desirable answers should become likelier than the policy drifts, others less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from openrlhf.config.groups import BatchConfig
+from openrlhf.datasets.batch import UnpairedBatch
+from openrlhf.datasets.sampler import StepSampler
+from openrlhf.ops.masking import masked_sum
+from openrlhf.ops.preference_loss import kto_loss
+from openrlhf.trainer.frozen import Reference, answer_log_probs
+from openrlhf.trainer.loop import StepOutput, Trainer
+from openrlhf.trainer.metrics import Mean
+
+
+class KTOTrainer(Trainer):
+    """Trains an :class:`~openrlhf.models.actor.Actor` on answers that are desirable or not.
+
+    The drift is the mean log-ratio of policy and reference over mismatched rows, the prompt of one with the answer of
+    the next, not below 0. It is taken over all rows of an optimizer step (in an evaluation over all of its rows)
+    before any loss, so it does not depend on how they are cut into micro-batches.
+    """
+
+    window_names: ClassVar = {"kto_loss": "loss_mean"}
+    eval_names: ClassVar = {
+        "kto_loss": "eval_loss",
+        "chosen_reward": "chosen_reward",
+        "reject_reward": "reject_reward",
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        reference: Reference,
+        beta: float,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        **kwargs: Any,
+    ):
+        """Take what :class:`Trainer` takes, and what the reference says of a batch."""
+        super().__init__(*args, **kwargs)
+        self._reference, self._beta = reference, beta
+        weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        self._answer_loss = partial(kto_loss, beta=beta, **weights)
+        self._kl = torch.zeros((), device=self.strategy.device)
+
+    def weight(self, batch: UnpairedBatch) -> Tensor:
+        """Return the number of answers."""
+        return torch.full((), len(batch.desirable), device=batch.desirable.device)
+
+    def prepare(self, rows: list[list[int]]) -> None:
+        """Measure the drift over the step: each row is paired with the next of the step by its number."""
+        step = {row for found in self.comm.all_gather_object(rows) for micro in found for row in micro}
+        self._measure_drift(self.train_data, rows, partners(step))
+
+    def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
+        """Return the metrics of the first ``n_rows`` of ``data``, whose drift is measured first."""
+        sampler = self._sampler(n_rows, self.batch.micro_train_batch_size * self.strategy.world_size, shuffle=False)
+        micros = [micro for step in sampler.epoch(0) for micro in step]
+        self._measure_drift(data, micros, partners(range(n_rows)), leave)
+        return super().measure(data, n_rows, leave)
+
+    @torch.no_grad()
+    def _measure_drift(
+        self, data: Any, micros: Sequence[list[int]], partner: Mapping[int, int], leave: bool = False
+    ) -> None:
+        """Set the drift to the mean over the mismatched rows of all ranks."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
+        self.engine.eval()
+        for micro in micros:
+            if leave:
+                self.leave_if_asked()
+            batch = data.collate([data.mismatched(row, partner[row]) for row in micro]).to(self.strategy.device)
+            drift = answer_log_probs(self.engine, batch) - self._reference(batch)
+            if micro:
+                total += torch.stack([drift.double().sum(), total.new_tensor(len(micro))])
+        self.engine.train()
+        summed, count = self.comm.all_reduce(total)
+        self._kl = (summed / count).clamp(min=0).float()
+
+    def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
+        """Return the loss over the answers, against the drift that was measured last."""
+        reference = self._reference(batch)
+        output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
+        log_ratios = masked_sum(output.log_probs, batch.loss_mask, dim=1) - reference
+        loss, answers = self._answer_loss(log_ratios, batch.desirable, self._kl), self.weight(batch)
+        rewards = self._beta * log_ratios.detach()
+        metrics = {
+            "kto_loss": (loss, answers),
+            "chosen_reward": (masked_sum(rewards, batch.desirable), batch.desirable.sum()),
+            "reject_reward": (masked_sum(rewards, ~batch.desirable), (~batch.desirable).sum()),
+            "kl": (self._kl * answers, answers),
+        }
+        return StepOutput(loss, output.aux_loss, metrics)
+
+    def train_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
+        """Return the means of a step; a step without desirable answers, or without others, has no such reward."""
+        return {name: mean.value for name, mean in totals.items() if mean.count}
+
+    def eval_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
+        """Return loss and rewards, but for a kind of answer that there is none of."""
+        return {name: totals[metric].value for metric, name in self.eval_names.items() if totals[metric].count}
+
+
+def partners(rows: Iterable[int]) -> dict[int, int]:
+    """Return for each row of a step, or of an evaluation, the next by its number: the one that lends its answer."""
+    ordered = sorted(rows)
+    return dict(zip(ordered, ordered[1:] + ordered[:1], strict=True))
+
+
+class Mismatched:
+    """A data set of mismatched rows: the prompt of one row of ``data`` with the answer of another."""
+
+    def __init__(self, data: Any, pairs: Iterable[tuple[int, int]]):
+        self._data, self._pairs = data, sorted(pairs)
+        self.collate = data.collate
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._data.mismatched(*self._pairs[index])
+
+
+def mismatched_sets(train: Any, evaluation: Any, batch: BatchConfig) -> list[Mismatched]:
+    """Return the mismatched rows of all steps of a run, and of its evaluations."""
+    sampler = StepSampler(len(train), batch.train_batch_size, batch.train_batch_size, batch.seed)
+    steps = (step[0] for epoch in range(batch.max_epochs) for step in sampler.epoch(epoch))
+    pairs = {pair for step in steps for pair in partners(step).items()}
+    found = [Mismatched(train, pairs)]
+    if len(evaluation):
+        found.append(Mismatched(evaluation, partners(range(len(evaluation))).items()))
+    return found
