@@ -36,7 +36,7 @@ class Barriers:
                 ended.append(self._meet(label, limit_s))
             except InfraError as error:
                 ended.append(error)
-            except dist.DistError as error:
+            except RuntimeError as error:  # a DistError, or a store that ends with its process
                 ended.append(
                     InfraError(f"{self._here(label)} for rank 0, where the ranks meet, which is gone: {error}")
                 )
