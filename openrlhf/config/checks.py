@@ -33,8 +33,11 @@ def same_key_problems(**keys: str | None) -> list[str]:
 
 
 def answer_problems(data: Any, said: object, problem: str) -> list[str]:
-    """Return ``problem`` where neither ``said`` nor, perhaps, the data of a data group says where the answer is."""
-    may_say_so = data.dataset is not None and data.input_key in SELF_EXPLAINING
+    """Return ``problem`` where neither ``said`` nor, perhaps, the data of a data group says where the answer is.
+
+    Data that nobody named, the default data set, does not say it.
+    """
+    may_say_so = data.dataset != type(data).dataset and data.input_key in SELF_EXPLAINING
     return [] if said or may_say_so else [problem]
 
 
