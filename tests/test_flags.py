@@ -26,7 +26,7 @@ DEVIATIONS = {
 EVERYWHERE = {
     *("trust_remote_code", "collective_timeout", "run_path", "eval_dataset", "max_skipped_steps"),
     *("too_long", "special_tokens_in_text", "show_samples", "allow_config_change", "use_ds_universal_ckpt"),
-    "profile_steps",
+    *("profile_steps", "use_dynamic_batch", "train_max_tokens_per_gpu"),
 }
 EXTRA = {
     "train_sft": EVERYWHERE,

@@ -7,7 +7,7 @@ NO_EFFECT_HERE flags are accepted and explained in one printed line.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,11 +23,16 @@ class NotYet:
         why: one sentence for the user.
         asks: whether a value asks for it; by default every value but the default does.
         dry_run: whether ``--dry_run`` is an error too.
+        beside: a flag that tells which commands are meant: those that have it; by default all.
     """
 
     why: str
     asks: Callable[[Any], bool] | None = None
     dry_run: bool = True
+    beside: str | None = None
+
+    def concerns(self, flags: Collection[str]) -> bool:
+        return self.beside is None or self.beside in flags
 
     def asked(self, value: Any, default: Any) -> bool:
         return self.asks(value) if self.asks else value != default
@@ -71,13 +76,12 @@ def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
 
 
 _LORA = "adapters are not built yet; train every weight with --lora_rank 0"
-_RING = "ring attention is not built yet; leave it at 1"
 
 NOT_YET = {
     "lora_rank": NotYet(_LORA),
     "load_in_4bit": NotYet("4-bit loading is not built yet; leave it out"),
-    "ring_attn_size": NotYet(_RING),
-    "ring_head_stride": NotYet(_RING),
+    "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
+    "use_dynamic_batch": NotYet("PPO does not cut by tokens yet; leave it out", beside="prompt_data"),
     "aux_loss_coef": NotYet("the load-balancing loss of mixtures of experts is not built yet; leave it at 0"),
     "use_ms": NotYet("loading from ModelScope is not built yet; use a local folder or a hub name", dry_run=False),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
@@ -108,6 +112,9 @@ NO_EFFECT_HERE = {
     "ref_reward_offload": NoEffect(
         "it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3
     ),
+    "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
+    "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
+    "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect("a secondary partition needs several GPUs", lambda values, gpu: not gpu and values["zpg"] > 1),
     "lora_alpha": NoEffect("it needs --lora_rank", _without_lora),
@@ -147,13 +154,14 @@ NEEDED_BY = {
     "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
+    "ring_attn_size": ("ring_flash_attn", "openrlhf[ring]"),
 }
 """What a flag needs when it is set: the module, and what pip calls it."""
 
 
-def status(name: str) -> str:
-    """Return the status of a flag for ``--help``: empty when it simply works."""
-    if name in NOT_YET:
+def status(name: str, flags: Collection[str]) -> str:
+    """Return the status of a flag for the ``--help`` of a command with these ``flags``: empty when it simply works."""
+    if name in NOT_YET and NOT_YET[name].concerns(flags):
         return f"Not yet: {NOT_YET[name].why}."
     if name in NO_EFFECT_HERE:
         return f"May have no effect: {NO_EFFECT_HERE[name].why}."
@@ -165,12 +173,18 @@ def gpu_present() -> bool:
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
+def _needs_package(name: str, values: dict[str, Any]) -> bool:
+    if name == "ring_attn_size":  # a CPU, and fp32, have torch's own attention
+        return values.get(name, 1) > 1 and values["bf16"] and gpu_present()
+    return bool(values.get(name))
+
+
 def missing_packages(values: dict[str, Any]) -> list[str]:
     """Return one problem for each package that the command or a flag needs and that is not installed."""
     found = [
         f"--{name} needs {module}, which is not installed: pip install '{package}', or leave the flag out"
         for name, (module, package) in NEEDED_BY.items()
-        if values.get(name) and find_spec(module) is None
+        if _needs_package(name, values) and find_spec(module) is None
     ]
     needed = (*NEEDED, "ray") if "vllm_num_engines" in values else NEEDED
     return found + [
@@ -185,7 +199,10 @@ def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any], dry_run: 
     return [
         f"--{name}: {entry.why}"
         for name, entry in NOT_YET.items()
-        if name in values and entry.asked(values[name], defaults[name]) and (entry.dry_run or not dry_run)
+        if name in values
+        and entry.concerns(values)
+        and entry.asked(values[name], defaults[name])
+        and (entry.dry_run or not dry_run)
     ]
 
 

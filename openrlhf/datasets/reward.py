@@ -51,7 +51,7 @@ class PreferenceDataset(TokenisedRows):
     Attributes:
         dropped: ``Counter`` of pairs left out, by reason.
         truncated: number of pairs with a side cut at ``max_len``.
-        lengths: tokens of the longer side of each pair.
+        lengths: tokens of both sides of each pair.
 
     Raises:
         DataError: a key is missing, a value has the wrong type, no pair is left.
@@ -80,8 +80,8 @@ class PreferenceDataset(TokenisedRows):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the longer side of each pair."""
-        return [max(len(pair[0]), len(pair[1])) for pair in self._pairs]
+        """Tokens of both sides of each pair: they go through the model together."""
+        return [len(pair[0]) + len(pair[1]) for pair in self._pairs]
 
     def collate(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         """Return the pairs padded on the right, chosen rows first; ``loss_mask`` is true on the answers.

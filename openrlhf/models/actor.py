@@ -90,16 +90,17 @@ class Actor(TokenModel):
         if where is not None:
             places = places & where
         chosen = torch.nn.functional.pad(places, (0, 1)).flatten()[batch.indices].nonzero().squeeze(-1)
-        targets = sequences[:, 1:][places]
+        mine = self.ring.mine(chosen, batch.input_ids.shape[1])
+        targets = sequences[:, 1:][places][mine.span]
         if self.head_is_last:
-            hidden = self.last_hidden(batch, sequences, attention_mask)[chosen]
+            hidden = self.last_hidden(batch, sequences, attention_mask)[mine.places]
             head = self.model.get_output_embeddings()
             log_probs = head(hidden, targets=targets, temperature=temperature)
         else:
-            logits = self._full_logits(batch, sequences, attention_mask)[chosen]
+            logits = self._full_logits(batch, sequences, attention_mask)[mine.places]
             log_probs = _from_full_logits(logits, targets, temperature)
         flat = places.flatten().nonzero().squeeze(-1)
-        return ActorOutput(restore(log_probs, flat, tuple(places.shape)))
+        return ActorOutput(restore(self.ring.join(log_probs, mine.counts), flat, tuple(places.shape)))
 
     def _full_logits(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits ``(N, V)`` of the real tokens in the model's dtype."""

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from openrlhf.errors import UsageError
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
+from openrlhf.models.ring import Ring
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "eager"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
 CHECK_LENGTHS = (5, 8)
+ALONE = Ring()
 
 
 class TokenModel(nn.Module):
@@ -32,6 +34,7 @@ class TokenModel(nn.Module):
         packed: whether padding is removed before the forward; known once :meth:`verify` has run.
         reason: why padding stays, when it does.
         padded_attention: transformers' name of the attention that is right for padded batches.
+        ring: the ranks that share each batch.
     """
 
     def __init__(self, model: nn.Module, *, packing_samples: bool = False):
@@ -39,7 +42,8 @@ class TokenModel(nn.Module):
         register()
         self.model = model
         self.train(model.training)
-        self.packing_samples = packing_samples
+        self._insisted_by = "--packing_samples" if packing_samples else None
+        self.ring = ALONE
         self.packed = False
         self.verified = False
         self.reason: str | None = None
@@ -70,31 +74,51 @@ class TokenModel(nn.Module):
         The first forward calls it; call it earlier to fail earlier. All ranks of a sharded model call it together.
 
         Raises:
-            UsageError: ``--packing_samples`` was asked for and the architecture cannot do it.
+            UsageError: padding must be removed and the architecture cannot do it.
         """
         self.verified = True
         with evaluating(self), quiet(), torch.no_grad():
             self.padded_attention = choose_padded(self.model)
-            self.reason = verify_unpadded(self.model)
+            self.reason = verify_unpadded(self.model, self.ring)
         self.packed = self.reason is None
         switch_attention(self.model, UNPADDED if self.packed else self.padded_attention)
-        if self.packing_samples and not self.packed:
+        if self._insisted_by and not self.packed:
             raise UsageError(
-                f"--packing_samples: {architecture(self.model)} cannot be packed: {self.reason}. "
+                f"{self._insisted_by}: {architecture(self.model)} cannot be packed: {self.reason}. "
                 "Leave the flag out; padded batches give the same gradients."
             )
         if self.reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             tell_padding(architecture(self.model), self.reason)
         return self.reason
 
+    def insist_on_packing(self, flag: str) -> None:
+        """Make it an error that names ``flag`` when padding cannot be removed."""
+        self._insisted_by = flag
+
+    def share_batches(self, ring: Ring) -> None:
+        """Compute every batch together with the other ranks of ``ring``, which must all be given the same ones.
+
+        Raises:
+            UsageError: the key-value heads cannot be dealt in strides of ``ring.head_stride``.
+        """
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if heads % ring.head_stride:
+            raise UsageError(
+                f"--ring_head_stride {ring.head_stride} does not divide the {heads} key-value heads of "
+                f"{architecture(self.model)}: use a divisor"
+            )
+        self.ring, self.verified = ring, False
+        self.insist_on_packing("--ring_attn_size")
+
     def inputs(self, sequences: Tensor, attention_mask: Tensor) -> PackedBatch:
-        """Return the batch without padding; the first call verifies the model."""
+        """Return the batch without padding, the own chunk of it in a ring; the first call verifies the model."""
         if not self.verified:
             self.verify()
-        return remove_padding(sequences, attention_mask)
+        return self.ring.share(remove_padding(sequences, attention_mask))
 
     def last_hidden(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden states ``(N, H)`` of the real tokens."""
+        """Return the last hidden states ``(N, H)`` of the real tokens, in a ring those of the own chunk."""
         if self.packed:
             return self.backbone(**packed_arguments(batch)).last_hidden_state[0]
         output = self.backbone(**padded_arguments(sequences, attention_mask))
@@ -143,11 +167,12 @@ def choose_padded(model: nn.Module) -> str:
     return REFERENCE
 
 
-def verify_unpadded(model: nn.Module) -> str | None:
+def verify_unpadded(model: nn.Module, ring: Ring = ALONE) -> str | None:
     """Return why the unpadded attention is not exact for ``model``, or None.
 
     Two short sequences in one row must give the hidden states that each gives alone under transformers' own plain
-    attention. ``model`` is in evaluation mode and gradients are off; its attention may be another one afterwards.
+    attention; the ranks of ``ring`` compute it together. ``model`` is in evaluation mode and gradients are off; its
+    attention may be another one afterwards.
     """
     sequences = _check_sequences(model)
     expected = _each_alone(model, sequences, REFERENCE)
@@ -156,9 +181,11 @@ def verify_unpadded(model: nn.Module) -> str | None:
     width = max(CHECK_LENGTHS)
     padded = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in sequences])
     lengths = torch.tensor(CHECK_LENGTHS, device=padded.device)
-    batch = remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None])
+    batch = ring.share(remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None]))
     try:
         packed = _backbone(model)(**packed_arguments(batch)).last_hidden_state[0]
+        mine = ring.mine(torch.arange(len(expected), device=packed.device), len(packed))
+        packed = ring.join(packed[mine.places], mine.counts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None if _close(packed, expected) else "packed sequences see each other"

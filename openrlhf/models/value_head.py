@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from openrlhf.config.groups import ModelConfig
@@ -53,10 +54,12 @@ class ValueModel(TokenModel):
         batch = self.inputs(sequences, attention_mask)
         hidden = self.last_hidden(batch, sequences, attention_mask)
         if read == "last":
-            rewards = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1)
+            mine = self.ring.mine(_last_of_each(attention_mask), len(hidden))
+            rewards = self.ring.join(self.head(hidden[mine.places]).squeeze(-1), mine.counts)
             return rewards if self.training else self._normalised(rewards)
-        values = self._normalised(self.head(hidden).squeeze(-1))
-        return restore(values, batch.indices, tuple(sequences.shape))
+        mine = self.ring.mine(torch.arange(len(batch.indices), device=hidden.device), len(hidden))
+        values = self.ring.join(self.head(hidden).squeeze(-1)[mine.places], mine.counts)
+        return restore(self._normalised(values), batch.indices, tuple(sequences.shape))
 
     def reward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the reward ``(B,)`` of each sequence, read at its last real token."""
