@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from openrlhf.config.checks import ring_problems
 from openrlhf.config.flag_status import missing_packages, no_effect_notices, not_yet_problems
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import run_folder
@@ -47,7 +48,7 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     config = with_values(config_class(), values)
     defaults = {name: entry.default for name, entry in table.items()}
     found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults)
-    found += [] if dry_run else missing_packages(values)
+    found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
         raise UsageError(problems)
@@ -89,6 +90,13 @@ def with_values(config: Any, values: dict[str, Any]) -> Any:
         old = getattr(config, item.name)
         changes[item.name] = with_values(old, values) if is_dataclass(old) else values[item.name]
     return replace(config, **changes)
+
+
+def _missing_ranks(values: dict[str, Any]) -> list[str]:
+    """Return the problem of a command whose ranks, those of its launcher, cannot be dealt to rings."""
+    if "prompt_data" in values:
+        return []
+    return ring_problems(values.get("ring_attn_size", 1), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _ask(config: Any, question: str) -> list[str]:

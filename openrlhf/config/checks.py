@@ -91,6 +91,16 @@ def file_problems(name: str, path: str | None) -> list[str]:
     return [] if path is None or os.path.isfile(path) else [f"--{name} {path}: there is no such file"]
 
 
+def ring_problems(size: int, ranks: int) -> list[str]:
+    """Return the problem of a run on ``ranks`` ranks of which ``--ring_attn_size`` share each sequence."""
+    if ranks % size == 0:
+        return []
+    return [
+        f"--ring_attn_size {size}: {ranks} rank{'s' if ranks > 1 else ''} cannot be dealt to rings of {size}; start "
+        f"the command with deepspeed on a multiple of {size} ranks, or lower the flag"
+    ]
+
+
 def missing_model(pretrain: str | None) -> list[str]:
     """Return the problem of a command without ``--pretrain``."""
     return [] if pretrain else ["--pretrain is missing: name the folder or hub name of the model to train"]

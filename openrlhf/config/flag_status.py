@@ -6,12 +6,13 @@ NO_EFFECT_HERE flags are accepted and explained in one printed line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from openrlhf.config.algorithms import ESTIMATORS
+from openrlhf.device import gpu_present
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,15 @@ class NotYet:
     Attributes:
         why: one sentence for the user.
         asks: whether a value asks for it; by default every value but the default does.
+        beside: a flag that tells which commands are meant: those that have it; by default all.
     """
 
     why: str
     asks: Callable[[Any], bool] | None = None
+    beside: str | None = None
+
+    def concerns(self, flags: Collection[str]) -> bool:
+        return self.beside is None or self.beside in flags
 
     def asked(self, value: Any, default: Any) -> bool:
         return self.asks(value) if self.asks else value != default
@@ -71,11 +77,9 @@ def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
     return not values["pretrain_data"]
 
 
-_RING = "ring attention is not built yet; leave it at 1"
-
 NOT_YET = {
-    "ring_attn_size": NotYet(_RING),
-    "ring_head_stride": NotYet(_RING),
+    "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
+    "use_dynamic_batch": NotYet("PPO does not cut by tokens yet; leave it out", beside="prompt_data"),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
@@ -115,6 +119,9 @@ NO_EFFECT_HERE = {
     ),
     **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
     "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
+    "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
+    "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
+    "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(
         "a secondary partition needs --zero_stage 3 and several GPUs",
@@ -163,17 +170,24 @@ NEEDED_BY = {
     "use_wandb": ("wandb", "wandb"),
     "use_tensorboard": ("tensorboard", "tensorboard"),
     "use_ms": ("modelscope", "modelscope"),
+    "ring_attn_size": ("ring_flash_attn", "openrlhf[ring]"),
 }
 """What a flag needs when it is set: the module, and what pip calls it."""
 
 
-def status(name: str) -> str:
-    """Return the status of a flag for ``--help``: empty when it simply works."""
-    if name in NOT_YET:
+def status(name: str, flags: Collection[str]) -> str:
+    """Return the status of a flag for the ``--help`` of a command with these ``flags``: empty when it simply works."""
+    if name in NOT_YET and NOT_YET[name].concerns(flags):
         return f"Not yet: {NOT_YET[name].why}."
     if name in NO_EFFECT_HERE:
         return f"May have no effect: {NO_EFFECT_HERE[name].why}."
     return ""
+
+
+def _needs_package(name: str, values: dict[str, Any]) -> bool:
+    if name == "ring_attn_size":  # a CPU, and fp32, have torch's own attention
+        return values.get(name, 1) > 1 and values["bf16"] and gpu_present()
+    return bool(values.get(name))
 
 
 def missing_packages(values: dict[str, Any]) -> list[str]:
@@ -181,7 +195,7 @@ def missing_packages(values: dict[str, Any]) -> list[str]:
     found = [
         f"--{name} needs {module}, which is not installed: pip install '{package}', or leave the flag out"
         for name, (module, package) in NEEDED_BY.items()
-        if values.get(name) and find_spec(module) is None
+        if _needs_package(name, values) and find_spec(module) is None
     ]
     needed = (*NEEDED, "ray") if "vllm_num_engines" in values else NEEDED
     return found + [
@@ -196,7 +210,7 @@ def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[s
     return [
         f"--{name}: {entry.why}"
         for name, entry in NOT_YET.items()
-        if name in values and entry.asked(values[name], defaults[name])
+        if name in values and entry.concerns(values) and entry.asked(values[name], defaults[name])
     ]
 
 

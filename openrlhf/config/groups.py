@@ -105,8 +105,8 @@ class AttentionConfig:
 
     flash_attn: bool = flag(False, "Use FlashAttention.")
     packing_samples: bool = flag(False, "Insist on computing without padding: an error where the model cannot.")
-    ring_attn_size: int = flag(1, "Ranks that share one sequence (ring attention).", at_least=1)
-    ring_head_stride: int = flag(1, "Attention heads per ring pass.", at_least=1)
+    ring_attn_size: int = flag(1, "Neighbouring ranks that share each sequence (ring attention).", at_least=1)
+    ring_head_stride: int = flag(1, "Key-value heads that a ring exchanges at a time; a divisor of all.", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,25 @@ class BatchConfig:
 
     micro_train_batch_size: int = flag(8, "Samples per rank in one forward pass (reward model: pairs).", at_least=1)
     train_batch_size: int = flag(128, "Samples of one optimizer step over all ranks.", at_least=1)
+    use_dynamic_batch: bool = flag(False, "Cut a step into micro-batches of like many tokens instead of samples.")
+    train_max_tokens_per_gpu: int = flag(
+        16192,
+        "Most tokens per rank in one forward pass with --use_dynamic_batch; a longer sample is alone.",
+        at_least=1,
+    )
     max_epochs: int = flag(1, "Passes over the data (PPO: over each rollout batch).", at_least=1)
     seed: int = flag(42, "Seed of order, mixing and sampling.", at_least=0)
     max_skipped_steps: int = flag(
         0, "Optimizer steps in a row to leave out when loss or gradient is not finite; 0 stops at once.", at_least=0
     )
 
+    @property
+    def max_tokens_per_gpu(self) -> int | None:
+        """The token budget of a micro-batch on a rank; None where samples are counted."""
+        return self.train_max_tokens_per_gpu if self.use_dynamic_batch else None
+
     def problems(self) -> list[str]:
-        if self.micro_train_batch_size <= self.train_batch_size:
+        if self.use_dynamic_batch or self.micro_train_batch_size <= self.train_batch_size:
             return []
         return [
             f"--micro_train_batch_size {self.micro_train_batch_size} is larger than --train_batch_size "

@@ -49,17 +49,20 @@ def _supervised_lines(config: Any, ranks: int, rows: int | None) -> list[str]:
 
 
 def _rank_line(config: Any, ranks: int, unit: str) -> str:
-    return f"{_count(ranks, 'rank')}, ZeRO stage {config.deepspeed.zero_stage}: {step_text(config.batch, ranks, unit)}"
+    text = step_text(config.batch, ranks, unit, config.attention.ring_attn_size)
+    return f"{_count(ranks, 'rank')}, ZeRO stage {config.deepspeed.zero_stage}: {text}"
 
 
-def step_text(batch: BatchConfig, ranks: int, unit: str) -> str:
+def step_text(batch: BatchConfig, ranks: int, unit: str, ring_size: int = 1) -> str:
     """Return how an optimizer step is cut over ranks and micro-batches; ``unit`` is what it is counted in."""
-    share = ceil(batch.train_batch_size / ranks)
+    parts = max(1, ranks // ring_size)
+    who = _count(parts, "rank") if ring_size == 1 else f"{_count(parts, 'ring')} of {ring_size} ranks"
+    step = f"an optimizer step is {batch.train_batch_size} {unit} = {who} x"
+    if batch.max_tokens_per_gpu is not None:
+        return f"{step} micro-batches of at most {batch.max_tokens_per_gpu * ring_size:,} tokens"
+    share = ceil(batch.train_batch_size / parts)
     micro = ceil(share / batch.micro_train_batch_size)
-    return (
-        f"an optimizer step is {batch.train_batch_size} {unit} = {_count(ranks, 'rank')} x "
-        f"{_count(micro, 'micro-batch', 'es')} of at most {min(share, batch.micro_train_batch_size)}"
-    )
+    return f"{step} {_count(micro, 'micro-batch', 'es')} of at most {min(share, batch.micro_train_batch_size)}"
 
 
 def total_text(batch: BatchConfig, rows: int) -> str:

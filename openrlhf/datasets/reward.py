@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
@@ -56,7 +55,7 @@ class PreferenceDataset(TokenisedRows):
     Attributes:
         dropped: ``Counter`` of pairs left out, by reason.
         truncated: number of pairs with a side cut at ``max_len``.
-        lengths: tokens of the longer side of each pair.
+        lengths: tokens of both sides of each pair.
 
     Raises:
         DataError: a key is missing, a value has the wrong type, no pair is left.
@@ -84,8 +83,8 @@ class PreferenceDataset(TokenisedRows):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the longer side of each pair."""
-        return np.maximum(self._rows.lengths(0), self._rows.lengths(1)).tolist()
+        """Tokens of both sides of each pair: they go through the model together."""
+        return (self._rows.lengths(0) + self._rows.lengths(1)).tolist()
 
     def collate(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         """Return the pairs padded on the right, chosen rows first; ``loss_mask`` is true on the answers.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,8 +24,10 @@ class StepSampler:
         rank: this data-parallel rank.
         world_size: number of data-parallel ranks.
         shuffle: False keeps the order of the data (evaluation).
-        lengths: tokens of each row; rows of a step are then dealt longest first, which puts like lengths into one
-            micro-batch and gives the ranks equal work. A step's rows stay the same.
+        lengths: tokens of each row; the micro-batches of a step then have like many tokens, over all ranks. A step's
+            rows stay the same.
+        max_tokens: with ``lengths``: no micro-batch has more tokens, unless it is one longer row; there are about as
+            few as that takes, and ``micro_batch_size`` counts no more.
 
     Raises:
         DataError: there are no rows.
@@ -40,6 +43,7 @@ class StepSampler:
         world_size: int = 1,
         shuffle: bool = True,
         lengths: Sequence[int] | None = None,
+        max_tokens: int | None = None,
     ):
         if n_rows < 1:
             raise DataError("there are no rows to train on or to evaluate")
@@ -47,6 +51,8 @@ class StepSampler:
             raise ValueError(f"batch {train_batch_size}, micro-batch {micro_batch_size}, rank {rank} of {world_size}")
         if lengths is not None and len(lengths) != n_rows:
             raise ValueError(f"{len(lengths)} lengths for {n_rows} rows")
+        if max_tokens is not None and lengths is None:
+            raise ValueError("rows cannot be cut by tokens without their lengths")
         self.n_rows = n_rows
         self.train_batch_size = train_batch_size
         self.micro_batch_size = micro_batch_size
@@ -55,6 +61,7 @@ class StepSampler:
         self.world_size = world_size
         self.shuffle = shuffle
         self.lengths = lengths
+        self.max_tokens = max_tokens
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,10 +90,47 @@ class StepSampler:
     def _step_rows(self, order: np.ndarray, step: int) -> list[int]:
         rows = order[step * self.train_batch_size : (step + 1) * self.train_batch_size].tolist()
         lengths = self.lengths
-        return rows if lengths is None else sorted(rows, key=lambda row: -lengths[row])
+        return rows if lengths is None else sorted(rows, key=lambda row: -int(lengths[row]))
 
     def _share(self, rows: list[int]) -> list[list[int]]:
+        if self.lengths is not None:
+            # The largest first: what does not fit into memory shows at once, and ranks work on like ones together.
+            return self._balanced(rows, self.lengths)[self.rank :: self.world_size]
         size = self.micro_batch_size
         mine = rows[self.rank :: self.world_size]
         largest_share = -(-len(rows) // self.world_size)
         return [mine[start : start + size] for start in range(0, largest_share, size)]
+
+    def _balanced(self, rows: list[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Return the micro-batches of a step over all ranks, equally many for each, the largest first."""
+        tokens = {row: int(lengths[row]) for row in rows}
+        budget, ranks = self.max_tokens, self.world_size
+        if budget is None:
+            share = -(-len(rows) // ranks)
+            return deal_evenly(tokens, -(-share // self.micro_batch_size) * ranks, self.micro_batch_size)
+        least = sum(min(length, budget) for length in tokens.values())
+        parts = -(-least // (budget * ranks)) * ranks
+        while True:
+            dealt = deal_evenly(tokens, parts, len(rows))
+            if all(len(part) < 2 or sum(tokens[row] for row in part) <= budget for part in dealt):
+                return dealt
+            parts += ranks
+
+
+def deal_evenly(tokens: Mapping[int, int], parts: int, most_rows: int) -> list[list[int]]:
+    """Return the rows of ``tokens``, which maps them to their lengths, in ``parts`` lists of like many tokens.
+
+    The list with the most tokens comes first; none has more than ``most_rows`` rows. Each row in its turn goes to the
+    list with the fewest tokens so far. With the longest row first, and without ``most_rows``, the largest list is at
+    most 4/3 of what the best way to deal makes it (Graham 1969).
+    """
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    open_parts = [(0, part) for part in range(parts)]
+    for row, length in tokens.items():
+        _, part = heapq.heappop(open_parts)
+        dealt[part].append(row)
+        sums[part] += length
+        if len(dealt[part]) < most_rows:
+            heapq.heappush(open_parts, (sums[part], part))
+    return [dealt[part] for part in sorted(range(parts), key=lambda part: -sums[part])]

@@ -20,6 +20,7 @@ from openrlhf.models.packing import predicted_places, restore
 from openrlhf.ops.logprobs import (
     distilled_from_logits,
     distilled_log_probs,
+    entropy_from_logits,
     log_probs_from_logits,
     token_log_probs,
 )
@@ -37,11 +38,13 @@ class ActorOutput(NamedTuple):
         log_probs: ``(B, T)`` float32, column ``t`` speaks of ``sequences[:, t + 1]``; 0 off the real tokens.
         aux_loss: scalar, the load-balancing loss of a mixture of experts times its coefficient; 0 elsewhere.
         cross_entropy: ``(B, T)`` float32, of a teacher's distribution with the model's; None without a teacher.
+        teacher_entropy: ``(B, T)`` float32, of a teacher's distribution; None without a teacher.
     """
 
     log_probs: Tensor
     aux_loss: Tensor
     cross_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
 
 
 class LogitsOutput(NamedTuple):
@@ -97,7 +100,7 @@ class Actor(TokenModel):
         temperature: float = 1.0,
         where: Tensor | None = None,
         teacher_logits: Tensor | None = None,
-        read: Literal["log_probs", "logits"] = "log_probs",
+        read: Literal["log_probs", "logits", "own_logits"] = "log_probs",
     ) -> ActorOutput | LogitsOutput:
         """Return the log-probs of a right-padded batch, or the logits of a few of its places.
 
@@ -106,32 +109,38 @@ class Actor(TokenModel):
             attention_mask: ``(B, S)``, true on real tokens.
             temperature: divides the logits.
             where: ``(B, T)`` bool, the only places that are needed; the others stay 0 and cost nothing in the head.
-            teacher_logits: ``(M, V')`` of a teacher at the places of ``where``, as it gave them for the same batch.
-            read: ``"logits"`` for those of the places of ``where``, not divided by a temperature.
+            teacher_logits: ``(M, V')`` of a teacher, its ``"own_logits"`` for the same batch and ``where``.
+            read: ``"logits"`` for those of the places of ``where``, not divided by a temperature; ``"own_logits"``
+                for only those that lie in the own chunk of a ring.
         """
         batch = self.inputs(sequences, attention_mask)
         places = predicted_places(attention_mask)
         if where is not None:
             places = places & where
         chosen = torch.nn.functional.pad(places, (0, 1)).flatten()[batch.indices].nonzero().squeeze(-1)
-        targets = sequences[:, 1:][places]
+        mine = self.ring.mine(chosen, batch.input_ids.shape[1])
+        targets = sequences[:, 1:][places][mine.span]
         head = self.model.get_output_embeddings()
         if self.head_is_last:
             hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
-            wanted = {} if read == "logits" else {"targets": targets, "teacher_logits": teacher_logits}
-            found = head(hidden[chosen], temperature=temperature, **wanted)
+            wanted = {} if "logits" in read else {"targets": targets, "teacher_logits": teacher_logits}
+            found = head(hidden[mine.places], temperature=temperature, **wanted)
         else:
             output, aux_loss = self.run(self.model, batch, sequences, attention_mask)
-            found = self.of_real_tokens(output.logits, batch)[chosen]
+            found = self.without_padding(output.logits, batch)[mine.places]
             if read == "log_probs":
                 found = _from_full_logits(found, targets, temperature, teacher_logits)
-        if read == "logits":
-            return LogitsOutput(found, aux_loss)
+        if "logits" in read:
+            return LogitsOutput(found if read == "own_logits" else self.ring.join(found, mine.counts), aux_loss)
         flat, shape = places.flatten().nonzero().squeeze(-1), tuple(places.shape)
+
+        def laid_out(own: Tensor) -> Tensor:
+            return restore(self.ring.join(own, mine.counts), flat, shape)
+
         if teacher_logits is None:
-            return ActorOutput(restore(found, flat, shape), aux_loss)
-        log_probs, cross_entropy = (restore(values, flat, shape) for values in found)
-        return ActorOutput(log_probs, aux_loss, cross_entropy)
+            return ActorOutput(laid_out(found), aux_loss)
+        log_probs, cross_entropy = map(laid_out, found)
+        return ActorOutput(log_probs, aux_loss, cross_entropy, laid_out(entropy_from_logits(teacher_logits)))
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[nn.Module]:

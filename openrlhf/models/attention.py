@@ -3,7 +3,7 @@
 A model that uses it computes nothing for padding. The sequences' lengths travel as the keyword ``unpadded`` of the
 model's forward (a :class:`~openrlhf.models.packing.Rows`), so they survive gradient checkpointing. In half precision
 on a GPU the kernel is torch's variable-length FlashAttention, or the flash-attn package's where torch has none;
-elsewhere it is one causal SDPA call a sequence.
+elsewhere it is one causal SDPA call a sequence. Rows that ranks share go through :mod:`openrlhf.models.ring`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openrlhf.models.packing import Rows
+from openrlhf.models.ring import SharedRows, attend_over_ring, flash_over_ring
 
 UNPADDED = "openrlhf_unpadded"
 PADDED = "sdpa"
@@ -81,23 +82,31 @@ def unpadded_attention(
         raise UnpaddedAttentionError("its attention mask is neither causal nor a sliding window")
     window = 0 if attention_mask >= unpadded.longest else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    kernel = _variable_length_kernel(query, value, dropout, softcap, s_aux)
+    shared = isinstance(unpadded, SharedRows)
+    kernel = _variable_length_kernel(query, value, shared, dropout, softcap, s_aux)
     if kernel is not None:
         return kernel(query, key, value, unpadded, scale, window), None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = s_aux) -> Tensor:
+        if softcap is None and sinks is None:
+            return _one_sequence(query, key, value, scale, window, dropout)
+        return _one_sequence_explicit(query, key, value, scale, window, dropout, softcap, sinks)
+
+    if shared:
+        return attend_over_ring(attend, query, key, value, s_aux, unpadded), None
     parts = zip(*(x.split(unpadded.lengths, dim=2) for x in (query, key, value)), strict=True)
-    if softcap is None and s_aux is None:
-        outputs = [_one_sequence(*part, scale, window, dropout) for part in parts]
-    else:
-        outputs = [_one_sequence_explicit(*part, scale, window, dropout, softcap, s_aux) for part in parts]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat([attend(*part) for part in parts], dim=1), None
 
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, dropout: float) -> Tensor:
-    """Return ``(1, L, heads, width)``: causal SDPA of one sequence; a mask exists only where a window cuts."""
-    length, dtype = query.shape[2], query.dtype
-    if query.device.type == "cpu" and dtype in HALF_TYPES and length <= SHORT:
+    """Return ``(1, L, heads, width)``: causal SDPA of the last ``L`` tokens of one sequence.
+
+    A mask exists only where a window cuts, or where there are more keys than queries.
+    """
+    queries, keys, dtype = query.shape[2], key.shape[2], query.dtype
+    if query.device.type == "cpu" and dtype in HALF_TYPES and keys <= SHORT:
         query, key, value = query.float(), key.float(), value.float()
-    mask = _visible(length, window, query.device) if 0 < window < length else None
+    mask = _visible(queries, keys, window, query.device) if 0 < window < keys or queries < keys else None
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -112,26 +121,30 @@ def _one_sequence_explicit(query, key, value, scale, window, dropout, softcap, s
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float().masked_fill(~_visible(query.shape[2], window, query.device), float("-inf"))
+    visible = _visible(query.shape[2], key.shape[2], window, query.device)
+    scores = scores.float().masked_fill(~visible, float("-inf"))
     if s_aux is not None:
         sinks = s_aux.float().reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : query.shape[2]].to(query.dtype)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]].to(query.dtype)
     return (F.dropout(weights, p=dropout) @ value).transpose(1, 2)
 
 
-def _visible(length: int, window: int, device: torch.device) -> Tensor:
-    """Return ``(L, L)`` bool: true where a query sees a key."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask.triu(1 - window) if window else mask
+def _visible(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return ``(queries, keys)`` bool: true where a query sees a key. The queries are those of the last keys."""
+    before = keys - queries
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return mask.triu(before + 1 - window) if window else mask
 
 
-def _variable_length_kernel(query: Tensor, value: Tensor, dropout: float, softcap, s_aux) -> Callable | None:
+def _variable_length_kernel(
+    query: Tensor, value: Tensor, shared: bool, dropout: float, softcap, s_aux
+) -> Callable | None:
     """Return the GPU kernel for these inputs, or None where one SDPA call a sequence has to do."""
     fits = query.is_cuda and query.dtype in HALF_TYPES and query.shape[-1] == value.shape[-1] <= 256
     if not fits or dropout or softcap is not None or s_aux is not None:
         return None
-    return _torch_kernel() or _flash_attn_kernel()
+    return flash_over_ring if shared else _torch_kernel() or _flash_attn_kernel()
 
 
 @functools.cache

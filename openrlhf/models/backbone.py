@@ -19,6 +19,7 @@ from openrlhf.errors import UsageError
 from openrlhf.models import adapters
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
 from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
+from openrlhf.models.ring import Ring
 from openrlhf.ops.logprobs import rows_round_to
 from openrlhf.ops.router_loss import load_balancing_loss
 
@@ -27,6 +28,7 @@ REFERENCE = "eager"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
 CHECK_LENGTHS = (5, 8)
+ALONE = Ring()
 
 
 class TokenModel(nn.Module):
@@ -38,6 +40,7 @@ class TokenModel(nn.Module):
         reason: why padding stays, when it does.
         padded_attention: transformers' name of the attention that is right for padded batches.
         aux_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out.
+        ring: the ranks that share each batch.
     """
 
     def __init__(self, model: nn.Module, *, packing_samples: bool = False, aux_loss_coef: float = 0.0):
@@ -48,7 +51,8 @@ class TokenModel(nn.Module):
         self.model = model
         self.aux_loss_coef = aux_loss_coef
         self.train(model.training)
-        self.packing_samples = packing_samples
+        self._insisted_by = "--packing_samples" if packing_samples else None
+        self.ring = ALONE
         self.packed = False
         self.verified = False
         self.reason: str | None = None
@@ -92,53 +96,84 @@ class TokenModel(nn.Module):
         The first forward calls it; call it earlier to fail earlier. All ranks of a sharded model call it together.
 
         Raises:
-            UsageError: ``--packing_samples`` was asked for and the architecture cannot do it.
+            UsageError: padding must be removed and the architecture cannot do it.
         """
         self.verified = True
         with evaluating(self), quiet(), torch.no_grad():
             self.padded_attention = choose_padded(self.model)
-            self.reason = verify_unpadded(self.model)
+            self.reason = verify_unpadded(self.model, self.ring)
         self.packed = self.reason is None
         switch_attention(self.model, UNPADDED if self.packed else self.padded_attention)
-        if self.packing_samples and not self.packed:
+        if self._insisted_by and not self.packed:
             raise UsageError(
-                f"--packing_samples: {architecture(self.model)} cannot be packed: {self.reason}. "
+                f"{self._insisted_by}: {architecture(self.model)} cannot be packed: {self.reason}. "
                 "Leave the flag out; padded batches give the same gradients."
             )
         if self.reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             tell_padding(architecture(self.model), self.reason)
         return self.reason
 
+    def insist_on_packing(self, flag: str) -> None:
+        """Make it an error that names ``flag`` when padding cannot be removed."""
+        self._insisted_by = flag
+
+    def share_batches(self, ring: Ring) -> None:
+        """Compute every batch together with the other ranks of ``ring``, which must all be given the same ones.
+
+        Raises:
+            UsageError: the key-value heads cannot be dealt in strides of ``ring.head_stride``.
+        """
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if heads % ring.head_stride:
+            raise UsageError(
+                f"--ring_head_stride {ring.head_stride} does not divide the {heads} key-value heads of "
+                f"{architecture(self.model)}: use a divisor"
+            )
+        self.ring, self.verified = ring, False
+        self.insist_on_packing("--ring_attn_size")
+
     def inputs(self, sequences: Tensor, attention_mask: Tensor) -> PackedBatch:
-        """Return the batch without padding; the first call verifies the model."""
+        """Return the batch without padding, the own chunk of it in a ring; the first call verifies the model."""
         if not self.verified:
             self.verify()
-        return remove_padding(sequences, attention_mask, rows_round_to(self.device, self.model.dtype))
+        multiple = rows_round_to(self.device, self.model.dtype) * self.ring.size
+        return self.ring.share(remove_padding(sequences, attention_mask, multiple))
 
     def hidden_and_aux(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last hidden states ``(N, H)`` of the real tokens, and the load-balancing loss of this batch."""
+        """Return the last hidden states ``(M, H)`` of the tokens, and the load-balancing loss of this batch.
+
+        The real tokens come first; in a ring they are those of the own chunk.
+        """
         output, aux_loss = self.run(self.backbone, batch, sequences, attention_mask)
-        return self.of_real_tokens(output.last_hidden_state, batch), aux_loss
+        return self.without_padding(output.last_hidden_state, batch), aux_loss
 
     def run(
         self, module: nn.Module, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor
     ) -> tuple[Any, Tensor]:
         """Return what ``module``, the model or its backbone, gives for a batch, and the load-balancing loss.
 
-        The loss is a scalar, already times its coefficient; 0 where it is left out or no gradient is asked for.
+        The loss is a scalar, already times its coefficient; 0 where it is left out or no gradient is asked for. In a
+        ring it is that of the own tokens.
         """
         arguments = packed_arguments(batch) if self.packed else padded_arguments(sequences, attention_mask)
         if not (self.aux_loss_coef and torch.is_grad_enabled()):
             return module(**arguments), torch.zeros((), device=sequences.device)
         output = module(**arguments, output_router_logits=True)
         given = [logits.flatten(0, -2)[None] for logits in output.router_logits if logits is not None]
-        layers = [self.of_real_tokens(logits, batch) for logits in given]
+        real = self.ring.mine(torch.arange(len(batch.indices), device=sequences.device), batch.input_ids.shape[1])
+        layers = [self.without_padding(logits, batch)[real.places] for logits in given]
+        if not len(real.places):
+            return output, given[0].sum() * 0.0
         top_k = self.config.get_text_config().num_experts_per_tok
         return output, self.aux_loss_coef * load_balancing_loss(layers, top_k)
 
-    def of_real_tokens(self, values: Tensor, batch: PackedBatch) -> Tensor:
-        """Return ``values`` of :meth:`run`, one a token, as ``(N, ...)`` without those of padding or filler."""
-        return values[0, : len(batch.indices)] if self.packed else values.flatten(0, 1)[batch.indices]
+    def without_padding(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        """Return ``values`` of :meth:`run`, one a token, as ``(M, ...)`` without those of padding.
+
+        Of a packed batch the filler behind the real tokens stays.
+        """
+        return values[0] if self.packed else values.flatten(0, 1)[batch.indices]
 
 
 @functools.cache
@@ -183,11 +218,12 @@ def choose_padded(model: nn.Module) -> str:
     return REFERENCE
 
 
-def verify_unpadded(model: nn.Module) -> str | None:
+def verify_unpadded(model: nn.Module, ring: Ring = ALONE) -> str | None:
     """Return why the unpadded attention is not exact for ``model``, or None.
 
     Two short sequences in one row must give the hidden states that each gives alone under transformers' own plain
-    attention. ``model`` is in evaluation mode and gradients are off; its attention may be another one afterwards.
+    attention; the ranks of ``ring`` compute it together. ``model`` is in evaluation mode and gradients are off; its
+    attention may be another one afterwards.
     """
     sequences = _check_sequences(model)
     expected = _each_alone(model, sequences, REFERENCE)
@@ -196,9 +232,11 @@ def verify_unpadded(model: nn.Module) -> str | None:
     width = max(CHECK_LENGTHS)
     padded = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in sequences])
     lengths = torch.tensor(CHECK_LENGTHS, device=padded.device)
-    batch = remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None])
+    batch = ring.share(remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None]))
     try:
         packed = _backbone(model)(**packed_arguments(batch)).last_hidden_state[0]
+        mine = ring.mine(torch.arange(len(expected), device=packed.device), len(packed))
+        packed = ring.join(packed[mine.places], mine.counts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None if _close(packed, expected) else "packed sequences see each other"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from openrlhf.config.groups import ModelConfig
@@ -58,11 +59,13 @@ class ValueModel(TokenModel):
         batch = self.inputs(sequences, attention_mask)
         hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
         if read == "last":
-            found = self.head(hidden[_last_of_each(attention_mask)]).squeeze(-1)
+            mine = self.ring.mine(_last_of_each(attention_mask), len(hidden))
+            found = self.ring.join(self.head(hidden[mine.places]).squeeze(-1), mine.counts)
             found = found if self.training else self._normalised(found)
         else:
-            values = self._normalised(self.head(hidden).squeeze(-1))
-            found = restore(values, batch.indices, tuple(sequences.shape))
+            mine = self.ring.mine(torch.arange(len(batch.indices), device=hidden.device), len(hidden))
+            values = self.ring.join(self.head(hidden).squeeze(-1)[mine.places], mine.counts)
+            found = restore(self._normalised(values), batch.indices, tuple(sequences.shape))
         return (found, aux_loss) if with_aux_loss else found
 
     def reward(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:

@@ -19,8 +19,11 @@ import torch.distributed as dist
 from torch import nn
 
 from openrlhf import device as machine
+from openrlhf.config.checks import ring_problems
 from openrlhf.config.groups import DeepSpeedConfig, OptimConfig
 from openrlhf.errors import UsageError
+from openrlhf.models.backbone import TokenModel
+from openrlhf.models.ring import Ring, join_neighbours
 from openrlhf.strategy import deepspeed_config, rendezvous
 from openrlhf.strategy.comm import Comm, SoloComm, TorchComm, limit_groups
 from openrlhf.strategy.engine import TrainEngine
@@ -36,7 +39,7 @@ class DeepSpeedStrategy:
 
     Call `setup_distributed` first. ``micro_batch_size`` only tells DeepSpeed how many rows a micro-batch has.
     ``param_persistence_threshold`` is the size in elements under which ZeRO-3 keeps a parameter whole on every rank
-    (None: DeepSpeed's 100,000).
+    (None: DeepSpeed's 100,000). ``ring_size`` neighbouring ranks share each sequence; `ring` are those of this one.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class DeepSpeedStrategy:
         micro_batch_size: int = 1,
         seed: int = 42,
         param_persistence_threshold: int | None = None,
+        ring_size: int = 1,
+        ring_head_stride: int = 1,
     ):
         self.config = config
         self.bf16 = bf16
@@ -56,6 +61,8 @@ class DeepSpeedStrategy:
         self.seed = seed
         self.param_persistence_threshold = param_persistence_threshold
         self.comm: Comm = SoloComm()
+        self.ring = Ring()
+        self._ring_size, self._ring_head_stride = ring_size, ring_head_stride
         self.device = torch.device("cpu")
 
     @property
@@ -67,6 +74,16 @@ class DeepSpeedStrategy:
     def world_size(self) -> int:
         """The number of ranks."""
         return self.comm.world_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """The place of this process's ring among the rings: all ranks of one read the same rows."""
+        return self.rank // self.ring.size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """The number of rings, which is that of the ranks where each rank is one by itself."""
+        return self.world_size // self.ring.size
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -81,7 +98,8 @@ class DeepSpeedStrategy:
     def setup_distributed(self) -> None:
         """Join the ranks that the launcher (or the Ray host) described in the environment; alone without one.
 
-        Seeds every generator. Raises ``InfraError`` when the others do not show up within ``collective_timeout``.
+        Seeds every generator. Raises ``InfraError`` when the others do not show up within ``collective_timeout``, and
+        ``UsageError`` when they cannot be dealt to rings.
         """
         timeout = timedelta(seconds=self.config.collective_timeout)
         local_rank = int(os.environ.setdefault("LOCAL_RANK", str(max(0, self.config.local_rank))))
@@ -95,6 +113,11 @@ class DeepSpeedStrategy:
         _start_deepspeed(timeout)
         if dist.get_world_size() > 1:
             self.comm = TorchComm(self.config.collective_timeout)
+        problems = ring_problems(self._ring_size, self.world_size)
+        if problems:
+            raise UsageError(problems)
+        if self._ring_size > 1:
+            self.ring = join_neighbours(self._ring_size, self._ring_head_stride, timeout)
 
     def close(self) -> None:
         """Leave the process group. This strategy cannot be used afterwards; another one may join again."""
@@ -142,6 +165,7 @@ class DeepSpeedStrategy:
         offload = self.config.adam_offload
         if offload and self.config.zero_stage == 0 and self.device.type != "cpu":
             raise UsageError("--adam_offload needs --zero_stage 1, 2 or 3")
+        self._share_batches(module)
         use_cpu_adam = offload and self._all_ranks_have_cpu_adam()
         optimizer = build_optimizer(module, optim_config, use_cpu_adam=use_cpu_adam)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._train_config())
@@ -159,6 +183,7 @@ class DeepSpeedStrategy:
         ``offload`` keeps the shards of ZeRO-3 in host memory. All ranks must call the result equally often.
         """
         module.requires_grad_(False)
+        self._share_batches(module)
         if self.config.zero_stage != 3:
             return module.to(self.device).eval()
         import deepspeed
@@ -180,6 +205,10 @@ class DeepSpeedStrategy:
         if hasattr(module, "destroy"):
             module.destroy()
         machine.empty_cache()
+
+    def _share_batches(self, module: nn.Module) -> None:
+        if self.ring.size > 1 and isinstance(module, TokenModel):
+            module.share_batches(self.ring)
 
     def _all_ranks_have_cpu_adam(self) -> bool:
         available = cpu_adam_is_available()

@@ -92,7 +92,7 @@ class StepGuard:
     def _gather(self, rows: Sequence[list[int]], wanted: Iterable[bool]) -> list[int]:
         """Return the rows of the wanted micro-batches of all ranks, in ascending order."""
         here = [row for micro, take in zip(rows, wanted, strict=True) if take for row in micro]
-        return sorted(row for found in self._comm.all_gather_object(here) for row in found)
+        return sorted({row for found in self._comm.all_gather_object(here) for row in found})
 
     def _named(self, rows: Sequence[int]) -> str:
         """Return ``samples [3, 7]``; only the first rows of very many."""

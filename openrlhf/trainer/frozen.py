@@ -101,11 +101,11 @@ class KnownAnswers:
         """Ask about every row of ``data``, each rank about its share, and keep the answers of all ranks."""
         sampler = StepSampler(
             len(data),
-            batch.micro_train_batch_size * strategy.world_size,
+            batch.micro_train_batch_size * strategy.data_parallel_size,
             batch.micro_train_batch_size,
             batch.seed,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=strategy.data_parallel_rank,
+            world_size=strategy.data_parallel_size,
             shuffle=False,
         )
         found: dict[bytes, float] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openrlhf.datasets.batch import TokenBatch
 from openrlhf.ops.lm_loss import distillation_loss, next_token_loss
-from openrlhf.ops.logprobs import entropy_from_logits
+from openrlhf.ops.masking import masked_sum
 from openrlhf.trainer.loop import StepOutput, Trainer
 
 
@@ -44,11 +44,11 @@ class KDTrainer(Trainer):
         """Return both losses over the loss mask, mixed."""
         inputs, mask = (batch.sequences, batch.attention_mask), batch.loss_mask
         with torch.no_grad():
-            taught = self._teacher(*inputs, where=mask, read="logits").logits[:, : self._vocabulary]
+            taught = self._teacher(*inputs, where=mask, read="own_logits").logits[:, : self._vocabulary]
         output = self.engine(*inputs, where=mask, teacher_logits=taught)
         gpt = next_token_loss(output.log_probs, mask)
         distil = distillation_loss(output.cross_entropy, mask)
-        kl = distil.detach() - entropy_from_logits(taught).sum()
+        kl = distil.detach() - masked_sum(output.teacher_entropy, mask)
         loss, tokens = (1.0 - self._kd_coef) * gpt + self._kd_coef * distil, mask.sum()
         sums = {"loss": loss, "gpt_loss": gpt, "distil_loss": distil, "kl": kl}
         return StepOutput(loss, output.aux_loss, {name: (total, tokens) for name, total in sums.items()})

@@ -61,8 +61,7 @@ class KTOTrainer(Trainer):
 
     def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
         """Return the metrics of the first ``n_rows`` of ``data``, whose drift is measured first."""
-        sampler = self._sampler(n_rows, self.batch.micro_train_batch_size * self.strategy.world_size, shuffle=False)
-        micros = [micro for step in sampler.epoch(0) for micro in step]
+        micros = [micro for step in self._eval_sampler(data, n_rows).epoch(0) for micro in step]
         self._measure_drift(data, micros, partners(range(n_rows)), leave)
         return super().measure(data, n_rows, leave)
 

@@ -93,6 +93,10 @@ class Trainer:
         """``train_data`` and ``eval_data`` have a length, items and ``collate(items)``; no eval rows is fine."""
         self.engine, self.strategy, self.comm = engine, strategy, strategy.comm
         self.train_data, self.eval_data, self.batch = train_data, eval_data, batch
+        # The ranks of a ring compute the same numbers.
+        self._counts = strategy.ring.rank == 0
+        if batch.use_dynamic_batch:
+            engine.module.insist_on_packing("--use_dynamic_batch")
         self.sampler = self._sampler(
             len(train_data), batch.train_batch_size, shuffle=True, lengths=getattr(train_data, "lengths", None)
         )
@@ -204,14 +208,13 @@ class Trainer:
 
         ``leave``: it may be left half done when the run is asked to stop.
         """
-        micro = self.batch.micro_train_batch_size
         sums = MetricSums()
         self.engine.eval()
-        for step in self._sampler(n_rows, micro * self.strategy.world_size, shuffle=False).epoch(0):
+        for step in self._eval_sampler(data, n_rows).epoch(0):
             if leave:
                 self.leave_if_asked()
             for rows in step:
-                sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=bool(rows))
+                sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=self._counts and bool(rows))
         self.engine.train()
         return sums.reduce(self.comm)
 
@@ -248,15 +251,23 @@ class Trainer:
         return fingerprint(self.train_data)
 
     def _sampler(self, n_rows: int, rows_per_step: int, **order: Any) -> StepSampler:
+        budget = self.batch.max_tokens_per_gpu
         return StepSampler(
             n_rows,
             rows_per_step,
             self.batch.micro_train_batch_size,
             self.batch.seed,
-            rank=self.strategy.rank,
-            world_size=self.strategy.world_size,
+            rank=self.strategy.data_parallel_rank,
+            world_size=self.strategy.data_parallel_size,
+            max_tokens=None if budget is None else budget * self.strategy.ring.size,
             **order,
         )
+
+    def _eval_sampler(self, data: Any, n_rows: int) -> StepSampler:
+        if self.batch.use_dynamic_batch:
+            return self._sampler(n_rows, self.batch.train_batch_size, shuffle=False, lengths=data.lengths[:n_rows])
+        rows_at_once = self.batch.micro_train_batch_size * self.strategy.data_parallel_size
+        return self._sampler(n_rows, rows_at_once, shuffle=False)
 
     def _collate(self, data: Any, rows: list[int]):
         return data.collate([data[row] for row in rows]).to(self.strategy.device)
@@ -285,7 +296,8 @@ class Trainer:
         batches = [self._collate(self.train_data, micro) for micro in rows]
         self.prepare(rows)
         weight, micro_batches, is_long = self._agree_on_step(rows, batches)
-        share = weight / micro_batches
+        # Of an auxiliary loss each rank of a ring has that of its own tokens.
+        share = weight / micro_batches / self.strategy.ring.size
         sums, losses = MetricSums(), []
         for micro, batch in zip(rows, batches, strict=True):
             if is_long:
@@ -294,7 +306,7 @@ class Trainer:
             self.engine.backward(loss, weight)
             losses.append(loss.detach())
             tokens = batch.attention_mask.sum()
-            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=bool(micro))
+            sums.add({**metrics, "tokens": (tokens, tokens)}, counted=self._counts and bool(micro))
         again = [partial(self._loss_alone, *pair, share) for pair in zip(rows, batches, strict=True)]
         return sums.reduce(self.comm), losses, again
 
@@ -320,7 +332,7 @@ class Trainer:
         """
         weights = [self.weight(batch) for micro, batch in zip(rows, batches, strict=True) if micro]
         total = torch.zeros(4, dtype=torch.float64, device=self.strategy.device)
-        if weights:
+        if weights and self._counts:
             total[0], total[1] = torch.stack(weights).sum(), len(weights)
         total[2], total[3] = signals.requested() is not None, self._step_seconds > LONG_STEP_S
         weight, micro_batches, asked, long = self.comm.all_reduce(total).tolist()

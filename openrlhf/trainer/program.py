@@ -107,6 +107,8 @@ def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
         max_norm=config.optim.max_norm,
         micro_batch_size=config.batch.micro_train_batch_size,
         seed=config.batch.seed,
+        ring_size=config.attention.ring_attn_size,
+        ring_head_stride=config.attention.ring_head_stride,
     )
     strategy.setup_distributed()
     yield strategy

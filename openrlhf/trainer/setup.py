@@ -106,7 +106,7 @@ def start_up_lines(config: Any, run: Run, strategy: Any, model: Any, train_data:
         _place_line(config, strategy),
         _data_line(train_data, eval_data),
         *sample_lines(train_data),
-        f"batch    {step_text(config.batch, strategy.world_size, 'rows')}",
+        f"batch    {step_text(config.batch, strategy.world_size, 'rows', strategy.ring.size)}",
         f"         {total_text(config.batch, len(train_data))}",
         _model_line(config, strategy.world_size, model),
     ]

@@ -135,6 +135,17 @@ def test_every_way_to_shard_is_taken_up_bit_for_bit(material, tmp_path, stage):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("program", ["train_sft", "train_rm"])
+def test_runs_that_share_sequences_or_cut_by_tokens_are_taken_up_bit_for_bit(material, tmp_path, program):
+    plain = supervised_trials(material, (program,))[0]
+    ways = (("--ring_attn_size=2",), ("--use_dynamic_batch", "--train_max_tokens_per_gpu=60"))
+    trials = [replace(plain, name=way[0].strip("-"), flags=(*plain.flags, *way)) for way in (*ways, sum(ways, ()))]
+    trials[2] = replace(trials[2], name="both")
+    assert_equal(tmp_path, trials, ranks=2)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path):
     extras = {"gae model fp32": ("--enable_ema",), "rloo function bf16": ("--kl_target=0.05",)}
     trials = [

@@ -34,6 +34,7 @@ def changes(config, **values):
         (SFTConfig, "train_batch_size", 64, "--train_batch_size 128 -> 64"),
         (SFTConfig, "adam_betas", (0.9, 0.99), "--adam_betas 0.9 0.95 -> 0.9 0.99"),
         (SFTConfig, "seed", 1, "--seed 42 -> 1"),
+        (SFTConfig, "ring_attn_size", 2, "--ring_attn_size 1 -> 2"),
         (SFTConfig, "max_epochs", 1, "--max_epochs 2 -> 1"),
         (SFTConfig, "lr_scheduler", "linear", "--lr_scheduler cosine_with_min_lr -> linear"),
         (RewardModelConfig, "loss", "logexp", "--loss sigmoid -> logexp"),
@@ -55,6 +56,7 @@ def test_a_flag_that_changes_the_training_is_named_with_both_values(command, nam
     [
         (SFTConfig, {"save_path": "x", "ckpt_path": "y", "run_path": "z", "dataset": "moved.jsonl"}),
         (SFTConfig, {"save_steps": 7, "eval_steps": 3, "logging_steps": 2, "wandb_run_name": "x"}),
+        (SFTConfig, {"use_dynamic_batch": True, "train_max_tokens_per_gpu": 9, "ring_head_stride": 2}),
         (SFTConfig, {"micro_train_batch_size": 1, "gradient_checkpointing": True, "collective_timeout": 5}),
         (DPOConfig, {"ref_offload": True, "precompute_ref_log_probs": True}),
         (KDConfig, {"teacher_offload": True}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from openrlhf.config.arguments import parse
-from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, no_effect_notices, status
+from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, missing_packages, no_effect_notices, status
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
@@ -18,7 +18,7 @@ SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
     "ring_attn_size": ["2"],
-    "ring_head_stride": ["2"],
+    "use_dynamic_batch": [],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
@@ -65,16 +65,47 @@ def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
     assert config.critic_source == "model"
 
 
-def test_help_shows_the_status_of_a_flag(capsys):
-    for config_class in COMMANDS:
-        print_help(config_class, config_class.__name__)
+@pytest.mark.parametrize("config_class", COMMANDS)
+def test_help_shows_the_status_of_a_flag(config_class, capsys):
+    print_help(config_class, config_class.__name__)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name in (*NOT_YET, *NO_EFFECT_HERE):
-        assert status(name) in text, name
+    flags = flag_table(config_class)
+    for name in {*NOT_YET, *NO_EFFECT_HERE} & set(flags):
+        assert status(name, flags) in text, name
 
 
 def test_a_flag_without_a_note_simply_works():
-    assert status("learning_rate") == ""
+    assert status("learning_rate", flag_table(SFTConfig)) == ""
+
+
+@pytest.mark.parametrize(("name", "words"), [("ring_attn_size", "2"), ("use_dynamic_batch", "")])
+def test_what_ppo_cannot_do_yet_works_in_supervised_commands(name, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parse(SFTConfig, [*SFT, f"--{name}", *words.split()], "train_sft")
+    assert capsys.readouterr().err == "" and "Not yet" not in status(name, flag_table(SFTConfig))
+    assert "Not yet" in status(name, flag_table(PPOConfig))
+
+
+@pytest.mark.parametrize(("ranks", "fits"), [("1", False), ("2", True), ("3", False), ("4", True)])
+def test_ranks_that_cannot_be_dealt_to_rings_are_refused_but_not_by_a_dry_run(ranks, fits, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    words = [*SFT, "--ring_attn_size", "2"]
+    assert parse(SFTConfig, [*words, "--dry_run"], "train_sft")[1]
+    if fits:
+        assert parse(SFTConfig, words, "train_sft")[0].attention.ring_attn_size == 2
+    else:
+        with pytest.raises(UsageError, match=f"--ring_attn_size 2: {ranks} ranks? cannot be dealt to rings of 2"):
+            parse(SFTConfig, words, "train_sft")
+
+
+@pytest.mark.parametrize(("words", "gpu", "needed"), [("--bf16", True, 1), ("", True, 0), ("--bf16", False, 0)])
+def test_a_ring_needs_its_package_for_half_precision_on_a_gpu(words, gpu, needed, monkeypatch):
+    absent = "ring_flash_attn"
+    monkeypatch.setattr("openrlhf.config.flag_status.find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setattr("openrlhf.config.flag_status.gpu_present", lambda: gpu)
+    values = {name: entry.default for name, entry in flag_table(SFTConfig).items()}
+    found = missing_packages(values | {"ring_attn_size": 2, "bf16": bool(words)})
+    assert len(found) == needed and all("pip install 'openrlhf[ring]'" in problem for problem in found)
 
 
 def test_one_line_for_each_flag_without_effect(monkeypatch, capsys):
@@ -120,6 +151,9 @@ NO_USE = [
     ("train_sft", "--pretrain_mode --apply_chat_template"),
     ("train_sft", "--gradient_checkpointing_use_reentrant"),
     ("train_sft", "--wandb_project p"),
+    ("train_sft", "--ring_head_stride 2"),
+    ("train_sft", "--train_max_tokens_per_gpu 100"),
+    ("train_sft", "--use_dynamic_batch --micro_train_batch_size 2"),
     ("train_sft", "--save_hf_ckpt"),
     ("train_sft", "--show_samples"),
     ("train_sft", "--zero_stage 1 --overlap_comm"),

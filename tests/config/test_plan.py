@@ -30,6 +30,16 @@ def test_a_step_is_cut_over_ranks_and_micro_batches():
     assert "20 samples = 2 ranks x 3 micro-batches of at most 4" in plan(SFTConfig, SFT, 2)
 
 
+def test_a_ring_counts_as_one_and_a_budget_of_tokens_takes_the_place_of_rows():
+    ring = [*SFT, "--dry_run", "--ring_attn_size", "2"]
+    assert "4 ranks, ZeRO stage 2: an optimizer step is 20 samples = 2 rings of 2 ranks x 3 micro" in plan(
+        SFTConfig, ring, 4
+    )
+    tokens = ["--use_dynamic_batch", "--train_max_tokens_per_gpu", "1000"]
+    assert "20 samples = 2 ranks x micro-batches of at most 1,000 tokens" in plan(SFTConfig, [*SFT, *tokens], 2)
+    assert "1 ring of 2 ranks x micro-batches of at most 2,000 tokens" in plan(SFTConfig, [*ring, *tokens], 2)
+
+
 @pytest.fixture
 def rows(tmp_path):
     """A file of 50 rows and a blank line."""

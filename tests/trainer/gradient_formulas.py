@@ -43,6 +43,10 @@ class Rows:
     def __getitem__(self, row: int) -> int:
         return row
 
+    @property
+    def lengths(self) -> list[int]:
+        return self.batch.attention_mask.sum(dim=1).view(-1, ROWS).sum(dim=0).tolist()
+
     def collate(self, rows: list[int]) -> TokenBatch:
         batch, pairs = self.batch, isinstance(self.batch, PreferenceBatch)
         index = torch.tensor((rows or [0]) + [ROWS + row for row in rows or [0]] * pairs)

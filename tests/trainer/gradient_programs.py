@@ -178,19 +178,26 @@ LOSSES = {
 }
 
 
-def differences(folder: str, cases: list[list]) -> list[tuple[str, float]]:
+RINGS = [loss for loss in LOSSES if loss not in ("policy", "value")]
+"""The losses whose ranks can share sequences."""
+
+
+def differences(folder: str, cases: list[list], ring: int = 1, budget: int = 0) -> list[tuple[str, float]]:
     """Return for each ``[loss, packed, stage, micro-batch]`` the tensor that is furthest off, and by how much.
 
-    The measure is the norm of the difference over the norm of plain torch's gradient, tensor by tensor.
+    The measure is the norm of the difference over the norm of plain torch's gradient, tensor by tensor. ``ring`` ranks
+    share each sequence; ``budget`` tokens a rank take the place of the rows of a micro-batch.
     """
     expected = {loss: reference(folder, LOSSES[loss][0]) for loss in {case[0] for case in cases}}
+    dynamic = {"use_dynamic_batch": True, "train_max_tokens_per_gpu": budget} if budget else {}
     found = []
     for loss, packed, stage, micro in cases:
         strategy = DeepSpeedStrategy(
-            DeepSpeedConfig(zero_stage=stage, collective_timeout=60), max_norm=0.0, param_persistence_threshold=0
-        )
+            DeepSpeedConfig(zero_stage=stage, collective_timeout=60), max_norm=0.0, param_persistence_threshold=0,
+            ring_size=ring,
+        )  # fmt: skip
         strategy.setup_distributed()
-        batch = BatchConfig(micro_train_batch_size=micro, train_batch_size=8)
+        batch = BatchConfig(micro_train_batch_size=micro, train_batch_size=8, **dynamic)
         gradients = first_gradients(LOSSES[loss][1](folder, strategy, packed, batch))
         if gradients.keys() != expected[loss].keys():
             raise ValueError(f"{sorted(gradients)} are not {sorted(expected[loss])}")
@@ -201,6 +208,11 @@ def differences(folder: str, cases: list[list]) -> list[tuple[str, float]]:
         worst = max(off, key=lambda name: off[name])
         found.append((worst, off[worst]))
     return found
+
+
+def ring_cases() -> list[list]:
+    """Return 84 cases: the losses that a ring can have, 4 stages, 3 sizes of a micro-batch."""
+    return [list(case) for case in product(RINGS, (True,), (0, 1, 2, 3), (1, 2, 4))]
 
 
 def every_case() -> list[list]:

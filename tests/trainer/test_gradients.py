@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
-from tests.trainer.gradient_programs import differences, every_case
+from tests.trainer.gradient_programs import differences, every_case, ring_cases
 from tests.trainer.ppo.harness import tiny_reward_model
 
 TOLERANCE = 1e-5
@@ -32,20 +32,31 @@ DIAGONAL = [
     ["value", True, 1, 4],
     ["value", False, 2, 2],
 ]
+RINGS = [
+    ["sft", True, 2, 2],
+    ["rm", True, 3, 1],
+    ["dpo", True, 3, 2],
+    ["kto", True, 1, 4],
+    ["kd", True, 3, 1],
+    ["prm", True, 2, 2],
+]
 
 
-def check(folder, ranks: int, cases: list[list], timeout: float = 240) -> float:
-    """Compare the gradients of the cases on so many ranks with plain torch; return the largest difference."""
+def check(folder, ranks: int, cases: list[list], timeout: float = 240, **how: int) -> float:
+    """Compare the gradients of the cases on so many ranks with plain torch; return the largest difference.
+
+    ``how`` names the size of the rings, and a budget of tokens.
+    """
     tiny_folder(folder / "policy")
     tiny_folder(folder / "frozen", seed=1)
     tiny_reward_model(folder / "reward")
     if ranks == 1:
-        results = [differences(str(folder), cases)]
+        results = [differences(str(folder), cases, **how)]
     else:
         program = "tests.trainer.gradient_programs:differences"
-        results = run_ranks(program, ranks, timeout=timeout, folder=str(folder), cases=cases)
+        results = run_ranks(program, ranks, timeout=timeout, folder=str(folder), cases=cases, **how)
     wrong = [
-        f"{case} on {ranks} ranks: {name} is off by {off:.1e}"
+        f"{case} on {ranks} ranks {how}: {name} is off by {off:.1e}"
         for found in results
         for case, (name, off) in zip(cases, found, strict=True)
         if not off <= TOLERANCE
@@ -57,6 +68,31 @@ def check(folder, ranks: int, cases: list[list], timeout: float = 240) -> float:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
     check(tmp_path, ranks, DIAGONAL)
+
+
+def test_ranks_that_share_sequences_give_the_gradient_of_plain_torch(tmp_path):
+    check(tmp_path, 2, RINGS, ring=2)
+
+
+def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch(tmp_path):
+    check(tmp_path, 1, [[case[0], True, 0, 1] for case in RINGS], budget=20)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "ring"), [(2, 2), (4, 4), (4, 2)])
+def test_every_stage_and_micro_batch_gives_the_gradient_of_plain_torch_in_a_ring(tmp_path, ranks, ring):
+    largest = check(tmp_path, ranks, ring_cases(), timeout=800, ring=ring)
+    print(f"{len(ring_cases())} cases on {ranks} ranks in rings of {ring}: the largest difference is {largest:.1e}")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "ring"), [(2, 1), (2, 2), (4, 2)])
+def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_rings(tmp_path, ranks, ring):
+    cases = [[case[0], True, stage, 1] for case in RINGS for stage in (2, 3)]
+    for budget in (1, 20, 1000):
+        check(tmp_path, ranks, cases, ring=ring, budget=budget)
 
 
 @pytest.mark.full
