@@ -14,7 +14,8 @@ from openrlhf.strategy.rng import rng_file
 from openrlhf.trainer.checkpointing import Checkpointing
 from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, TrainedWorker
+from openrlhf.trainer.ppo.worker_base import TrainedWorker
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 
 def checkpoint_layout(config: PPOConfig, roles: Roles) -> dict[str, Any]:

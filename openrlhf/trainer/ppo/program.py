@@ -24,7 +24,8 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, Worker
+from openrlhf.trainer.ppo.worker_base import Worker
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank

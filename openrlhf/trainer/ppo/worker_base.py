@@ -1,0 +1,184 @@
+"""What the roles of PPO share: forwards in micro-batches, and the optimizer steps of a role that learns.
+
+A worker is one rank of its role. Its methods take and return one item a shard of the rollout; a
+:class:`~openrlhf.trainer.ppo.groups.WorkerGroup` deals the shards out. Forwards run in micro-batches of
+``--micro_rollout_batch_size`` rows, updates in micro-batches of ``--micro_train_batch_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.device import empty_cache
+from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.rollout.types import Experience, SequenceBatch
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
+from openrlhf.strategy.engine import StepResult
+from openrlhf.strategy.rng import load_rng, save_rng
+from openrlhf.strategy.room import checkpoint_bytes
+from openrlhf.trainer.finite import StepGuard
+from openrlhf.trainer.loop import StepOutput
+from openrlhf.trainer.metrics import MetricSums
+from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences
+from openrlhf.trainer.profiling import Recorder
+
+Means = dict[str, float]
+
+
+class Worker:
+    """What every role shares: the configuration, the ranks, and forwards cut into micro-batches."""
+
+    def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy):
+        self.config = config
+        self.strategy = strategy
+        self.comm = strategy.comm
+        self.tokenizer = load_tokenizer(
+            config.model.pretrain,
+            use_fast=not config.model.disable_fast_tokenizer,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template=config.prompts.tokenizer_chat_template,
+        )
+        self._recorder = Recorder()
+
+    def start_recording(self) -> None:
+        """Begin to record what this process does, for ``--profile_steps``."""
+        self._recorder.start()
+
+    def stop_recording(self, *, folder: str, number: int) -> None:
+        """Write the record of this process to ``folder``; ``number`` tells the groups of workers apart."""
+        role = type(self).__name__.removesuffix("Worker").lower()
+        self._recorder.stop(folder, f"{number}.{role}.rank{self.comm.rank}")
+
+    @torch.no_grad()
+    def _forward(self, batches: list[SequenceBatch], compute: Callable[[SequenceBatch], Tensor]) -> list[Tensor]:
+        """Return ``compute`` of every row of ``batches`` on the CPU: ``(B, T)`` or ``(B,)`` float32 for each batch.
+
+        All ranks call ``compute`` equally often, because the layers of a sharded model are gathered together.
+        """
+        size = self.config.rollout.micro_rollout_batch_size
+        pieces = [
+            (index, list(range(start, min(start + size, len(batch)))))
+            for index, batch in enumerate(batches)
+            for start in range(0, len(batch), size)
+        ]
+        outputs: list[list[Tensor]] = [[] for _ in batches]
+        for index, rows in pieces:
+            result = compute(batches[index].select(rows).to(self.strategy.device)).float().cpu()
+            outputs[index].append(_widen(result, batches[index]))
+        for _ in range(round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)):
+            compute(blank_sequences().to(self.strategy.device))
+        return [torch.cat(parts) if parts else torch.zeros(0, 1) for parts in outputs]
+
+
+def _widen(result: Tensor, batch: SequenceBatch) -> Tensor:
+    """Return ``(b, t)`` padded on the right with zeros to the width of ``batch``; ``(b,)`` as it is."""
+    if result.dim() == 1:
+        return result
+    return torch.nn.functional.pad(result, (0, batch.action_mask.shape[1] - result.shape[1]))
+
+
+class TrainedWorker(Worker):
+    """A role that learns. Subclasses give :meth:`loss` and build :attr:`engine`.
+
+    Attributes:
+        engine: the :class:`~openrlhf.strategy.deepspeed.TrainEngine` of the model.
+    """
+
+    engine: Any
+
+    def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
+        """Return the loss summed over the actions of ``batch``, the load-balancing loss, and metrics."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def update(
+        self, experiences: list[Experience], *, rollout: int, whiten: tuple[float, float] | None = None
+    ) -> Means:
+        """Learn from the rollout in ``--max_epochs`` passes; return metrics over all ranks.
+
+        Args:
+            experiences: shards of this rank.
+            rollout: number of the rollout step; with the run's seed it fixes the order of rows.
+            whiten: mean and 1 / standard deviation of the advantages over all ranks, or None to take them as they are.
+        """
+        buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout)
+        sums, norms, lr, skipped = MetricSums(), [], self.engine.lr, self.guard.skipped
+        self.engine.train()
+        for epoch in range(self.config.batch.max_epochs):
+            for number, micro_batches in enumerate(buffer.epoch(epoch), start=epoch * buffer.steps + 1):
+                result = self._optimizer_step(f"optimizer step {number}", micro_batches, whiten, sums)
+                if result is not None:
+                    norms.append(result.grad_norm)
+                    lr = result.lr
+        means = {name: mean.value for name, mean in sums.reduce(self.comm).items()}
+        if self.config.batch.max_skipped_steps:
+            means["skipped_steps"] = self.guard.skipped - skipped
+        empty_cache()
+        return {**means, "lr": lr, "grad_norm": sum(norms) / max(1, len(norms))}
+
+    @cached_property
+    def guard(self) -> StepGuard:
+        """What keeps numbers that are not finite out of the weights."""
+        return StepGuard(self.engine, self.comm, self.config.batch.max_skipped_steps, "samples {}")
+
+    def _optimizer_step(
+        self, name: str, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums
+    ) -> StepResult | None:
+        """Take the step called ``name`` on the token mean over all ranks.
+
+        Return None when no rank has an action to learn from, or when the step was left out.
+        """
+        tokens = float(sum(int(micro.action_mask.sum()) for micro in micro_batches))
+        filled = float(sum(bool((micro.sample >= 0).any()) for micro in micro_batches))
+        counts = torch.tensor([tokens, filled], dtype=torch.float64, device=self.strategy.device)
+        weight, micros = self.comm.all_reduce(counts).tolist()
+        if not weight:
+            return None
+        losses, metrics = [], MetricSums()
+        for micro in micro_batches:
+            loss, found = self._whole_loss(micro, whiten, weight / micros)
+            metrics.add(found)
+            self.engine.backward(loss, weight)
+            losses.append(loss.detach())
+        samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
+        again = [lambda micro=micro: self._whole_loss(micro, whiten, weight / micros)[0] for micro in micro_batches]
+        result = self.guard.step(name, samples, losses, again)
+        if result is not None:
+            sums.join(metrics)
+            self.after_step()
+        return result
+
+    def _whole_loss(
+        self, micro: Experience, whiten: tuple[float, float] | None, aux_weight: float
+    ) -> tuple[Tensor, dict]:
+        """Return the loss of a micro-batch, to be divided by the step's weight, and its metrics."""
+        output = self.loss(micro.to(self.strategy.device), whiten)
+        if not output.aux_loss.requires_grad:
+            return output.loss_sum, output.metrics
+        # A rank without rows works on a blank one, whose routing is nobody's.
+        filled = (micro.sample >= 0).any().to(output.aux_loss)
+        metrics = {**output.metrics, "aux_loss": (output.aux_loss.detach() * filled, filled)}
+        return output.loss_sum + output.aux_loss * filled * aux_weight, metrics
+
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """Return the bytes of a checkpoint of this role over all its ranks, and of an export."""
+        return checkpoint_bytes(self.engine)
+
+    def save(self, *, path: str) -> None:
+        """Write what continues the training of this rank to folder ``path``; all ranks call it."""
+        self.engine.save(path)
+        save_rng(Path(path), self.comm.rank)
+
+    def load(self, *, path: str) -> None:
+        """Continue from what :meth:`save` wrote. Raises DataError when files of this rank are missing."""
+        self.engine.load(path)
+        load_rng(Path(path), self.comm.rank)
