@@ -114,6 +114,7 @@ WRONG = [
     ("train_dpo", "--beta 0", "--beta must be above 0, got 0"),
     ("train_dpo", "--prompt_key chosen", "--prompt_key and --chosen_key both name the column 'chosen'"),
     ("train_kto", "--beta -1", "--beta must be above 0, got -1"),
+    ("train_kto", "--train_batch_size 1 --micro_train_batch_size 1", "--train_batch_size 1 leaves no other answer"),
     ("train_kto", "--undesirable_loss_weight -1", "--undesirable_loss_weight must be at least 0, got -1"),
     ("train_kto", "--label_key answer", "--output_key and --label_key both name the column 'answer'"),
     ("train_kto", "--multiturn", "unknown flag --multiturn"),

@@ -43,7 +43,7 @@ DEVIATIONS = {
 EVERYWHERE = {
     *("trust_remote_code", "collective_timeout", "run_path", "eval_dataset", "max_skipped_steps"),
     *("too_long", "special_tokens_in_text", "show_samples", "allow_config_change", "use_ds_universal_ckpt"),
-    *("profile_steps", "use_dynamic_batch", "train_max_tokens_per_gpu"),
+    *("profile_steps", "use_dynamic_batch", "train_max_tokens_per_gpu", "use_liger_kernel"),
 }
 HF_CKPT = {"save_hf_ckpt", "disable_ds_ckpt"}
 PACKING = {"packing_samples", "ring_attn_size", "ring_head_stride"}

@@ -122,6 +122,7 @@ NO_EFFECT_HERE = {
     "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
     "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
     "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
+    "use_liger_kernel": NoEffect("Liger's kernels are for GPUs", _on_cpu),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(
         "a secondary partition needs --zero_stage 3 and several GPUs",
@@ -171,6 +172,7 @@ NEEDED_BY = {
     "use_tensorboard": ("tensorboard", "tensorboard"),
     "use_ms": ("modelscope", "modelscope"),
     "ring_attn_size": ("ring_flash_attn", "openrlhf[ring]"),
+    "use_liger_kernel": ("liger_kernel", "openrlhf[liger]"),
 }
 """What a flag needs when it is set: the module, and what pip calls it."""
 
@@ -187,6 +189,8 @@ def status(name: str, flags: Collection[str]) -> str:
 def _needs_package(name: str, values: dict[str, Any]) -> bool:
     if name == "ring_attn_size":  # a CPU, and fp32, have torch's own attention
         return values.get(name, 1) > 1 and values["bf16"] and gpu_present()
+    if name == "use_liger_kernel":
+        return values.get(name, False) and gpu_present()
     return bool(values.get(name))
 
 

@@ -55,6 +55,7 @@ class ModelConfig:
     gradient_checkpointing_use_reentrant: bool = flag(False, "Use the reentrant variant of checkpointing.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the model folder.")
     aux_loss_coef: float = flag(0.0, "Weight of the router load-balancing loss of a mixture of experts.", at_least=0)
+    use_liger_kernel: bool = flag(False, "Fused Triton kernels for norms, rotary embeddings and MLPs, on a GPU.")
     use_ms: bool = flag(False, "Take models and data sets that are not on this machine from ModelScope.")
 
     def problems(self) -> list[str]:

@@ -188,6 +188,13 @@ class KTOConfig(SupervisedConfig):
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_kto"))
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_dpo"))
 
+    def problems(self) -> list[str]:
+        alone = (
+            "--train_batch_size 1 leaves no other answer to measure the drift from the reference with; "
+            "KTO needs at least 2"
+        )
+        return super().problems() + ([alone] if self.batch.train_batch_size < 2 else [])
+
 
 @dataclass(frozen=True)
 class KDDataConfig(SFTDataConfig):

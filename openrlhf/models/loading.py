@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from openrlhf.config.groups import LoRAConfig, ModelConfig
+from openrlhf.device import device_type
 from openrlhf.errors import DataError
 from openrlhf.models import adapters
 from openrlhf.models.backbone import architecture, enable_gradient_checkpointing, quiet
@@ -165,7 +166,19 @@ def from_pretrained(
             raise
         raise DataError(f"{flag} {path}: the weights do not have the shapes of config.json: {error}") from error
     adapters.keep_one_layout(model)
+    if model_cfg.use_liger_kernel and device_type() == "cuda":
+        use_liger_kernels(model)
     return model, sorted(report["missing_keys"])
+
+
+def use_liger_kernels(model: nn.Module) -> None:
+    """Let fused kernels compute the norms, rotary embeddings and MLPs of ``model`` (Hsu et al., arXiv 2410.10989).
+
+    Its losses stay ours: they read log-probs, which no fused cross-entropy gives.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def loading_error(error: Exception, source: str, what: str) -> DataError:

@@ -108,6 +108,22 @@ def test_a_ring_needs_its_package_for_half_precision_on_a_gpu(words, gpu, needed
     assert len(found) == needed and all("pip install 'openrlhf[ring]'" in problem for problem in found)
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_liger_kernels_need_their_package_and_a_gpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr("openrlhf.config.arguments.gpu_present", lambda: gpu)
+    monkeypatch.setattr("openrlhf.config.flag_status.gpu_present", lambda: gpu)
+    monkeypatch.setattr(
+        "openrlhf.config.flag_status.find_spec", lambda name: None if name == "liger_kernel" else object()
+    )
+    words = ["--pretrain", "m", "--dataset", "d", "--use_liger_kernel"]
+    if gpu:
+        with pytest.raises(UsageError, match=r"pip install 'openrlhf\[liger\]'"):
+            parse(SFTConfig, words, "train_sft")
+    else:
+        parse(SFTConfig, words, "train_sft")
+        assert "--use_liger_kernel has no effect here: Liger's kernels are for GPUs" in capsys.readouterr().err
+
+
 def test_one_line_for_each_flag_without_effect(monkeypatch, capsys):
     monkeypatch.setattr("openrlhf.config.arguments.gpu_present", lambda: False)
     parse(PPOConfig, [*PPO, "--vllm_enable_sleep", "--perf", "--overlap_comm"], "train_ppo_ray")

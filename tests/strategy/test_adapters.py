@@ -72,7 +72,7 @@ def test_adapters_on_two_ranks_learn_as_on_one(tmp_path, stage, value, bf16, fou
     assert first["norms"] == pytest.approx(alone["norms"], rel=loose)
     torch.testing.assert_close(first["after"], alone["after"], atol=close, rtol=close)
     torch.testing.assert_close(second["after"], first["after"])
-    assert first["merged"] == pytest.approx(alone["merged"], abs=1.0 if bf16 else 1e-2) and second["merged"] == 0
+    assert first["merged"] == pytest.approx(alone["merged"], rel=1e-2 if bf16 else 1e-4) and second["merged"] == 0
     if not value:
         torch.testing.assert_close(first["again"], first["after"])
         base = Actor(load_causal_lm(folder, ModelConfig(bf16=bf16)))
