@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -120,3 +123,19 @@ def tiny_folder(path: str | Path, arch: str = "qwen2", **options) -> str:
     tiny_causal_lm(path, arch, **options)
     tiny_tokenizer(path)
     return str(path)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody uses.
+
+    They lie below those that the system hands out for outgoing connections, which busy neighbours would take in the
+    minutes until they are used.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 12_000):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found

@@ -11,7 +11,6 @@ import os
 import pickletools
 import re
 import shutil
-import socket
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,17 +50,6 @@ def places(folder: Path) -> list[str]:
     """Return the flags that put everything a run writes into ``folder``, with a checkpoint of every step."""
     paths = ["--save_path", str(folder / "model"), "--ckpt_path", str(folder / "ckpt")]
     return [*paths, "--save_steps", "1", "--max_ckpt_num", str(STEPS)]
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nobody uses."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def run_trials(folder: str, trials: list[dict], ports: list[int]) -> int:

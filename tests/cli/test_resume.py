@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.resuming import Trial, failures, free_ports
+from tests.cli.resuming import Trial, failures
 from tests.cli.supervised import answers, demonstrations, pairs, steps, write_rows
-from tests.helpers import tiny_folder
+from tests.helpers import free_ports, tiny_folder
 from tests.strategy.ranks import run_ranks
 from tests.trainer.ppo.harness import NOISY_COUNT, reward_file, tiny_reward_model
 
@@ -81,7 +81,7 @@ def assert_equal(folder: Path, trials: list[Trial], ranks: int = 1) -> None:
     runs = sum(len(trial.cases) + 1 + bool(trial.broken_off) for trial in trials)
     fields = json.loads(json.dumps([asdict(trial) for trial in trials]))
     started = run_ranks(
-        "tests.cli.resuming:run_trials", ranks, timeout=900, folder=str(folder), trials=fields, ports=free_ports(runs)
+        "tests.cli.resuming:run_trials", ranks, timeout=1800, folder=str(folder), trials=fields, ports=free_ports(runs)
     )
     assert started == [runs] * ranks
     assert failures(folder, trials) == {}
@@ -119,7 +119,7 @@ def test_runs_taken_up_in_the_middle_at_an_edge_and_twice_are_the_whole_run_bit_
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("program", ["train_sft", "train_rm", "train_dpo", "train_kto", "train_kd", "train_prm"])
 def test_every_supervised_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, program, ranks):
@@ -127,14 +127,14 @@ def test_every_supervised_run_that_was_cut_is_the_whole_run_bit_for_bit(material
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_way_to_shard_is_taken_up_bit_for_bit(material, tmp_path, stage):
     assert_equal(tmp_path, supervised_trials(material, ("train_sft",), (stage,)), ranks=2)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("program", ["train_sft", "train_rm"])
 def test_runs_that_share_sequences_or_cut_by_tokens_are_taken_up_bit_for_bit(material, tmp_path, program):
     plain = supervised_trials(material, (program,))[0]
@@ -145,7 +145,7 @@ def test_runs_that_share_sequences_or_cut_by_tokens_are_taken_up_bit_for_bit(mat
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path):
     extras = {"gae model fp32": ("--enable_ema",), "rloo function bf16": ("--kl_target=0.05",)}
     trials = [
@@ -169,7 +169,7 @@ def test_a_run_on_four_bit_weights_that_was_cut_is_the_whole_run_bit_for_bit(mat
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_run_with_adapters_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, ranks):
     trials = [

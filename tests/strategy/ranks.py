@@ -11,13 +11,14 @@ import importlib
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.helpers import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def run_ranks(target: str, world: int, *, timeout: float = 240, check: bool = Tr
     their result.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        [port] = free_ports(1)
         processes = [_start(target, rank, world, port, arguments, Path(folder)) for rank in range(world)]
         try:
             _wait(processes, timeout, stop_on_failure=check)
@@ -82,12 +83,6 @@ def _wait(processes: list[subprocess.Popen], timeout: float, stop_on_failure: bo
 def _result(folder: Path, rank: int) -> Any:
     output = folder / f"{rank}.out"
     return pickle.loads(output.read_bytes()) if output.exists() else (folder / f"{rank}.log").read_text()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:
