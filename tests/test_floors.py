@@ -25,7 +25,7 @@ FLOORS = {
     "ray": 6,
     "cli": 7,
 }
-BESIDE = ("errors", "device", "paths")
+BESIDE = ("errors", "device", "paths", "locks")
 
 DOORS = {
     "ray": ["ray/*"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from openrlhf.config.algorithms import ESTIMATORS
+from openrlhf.config.algorithms import ESTIMATORS, PAIR_LOSSES
 from openrlhf.device import gpu_present
 
 
@@ -69,12 +69,24 @@ def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
     return values["lora_rank"] == 0
 
 
-def _is_own_reference(values: dict[str, Any]) -> bool:
+def _is_own_reference(values: dict[str, Any], gpu: bool) -> bool:
     return values["lora_rank"] > 0 and values.get("ref_pretrain") in (None, values["pretrain"])
 
 
 def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
     return not values["pretrain_data"]
+
+
+def _pair_loss_flags() -> list[str]:
+    """Return the flags that some pair losses read and others do not."""
+    each = [set(loss.flags) for loss in PAIR_LOSSES.values()]
+    return sorted(set.union(*each) - set.intersection(*each))
+
+
+def _of_pair_losses(name: str) -> NoEffect:
+    """Return when ``--name`` is idle: with a pair loss that does not read it."""
+    readers = [loss for loss, facts in PAIR_LOSSES.items() if name in facts.flags]
+    return NoEffect(f"it needs --loss {' or '.join(readers)}", lambda values, gpu: values["loss"] not in readers)
 
 
 NOT_YET = {
@@ -98,7 +110,8 @@ _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
 _OFFLOAD = NoEffect("it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3)
 _REFERENCE = NoEffect(
-    "--loss simpo and orpo have no reference", lambda values, gpu: values.get("loss") in ("simpo", "orpo")
+    f"--loss {' and '.join(name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference)} have no reference",
+    lambda values, gpu: "loss" in values and not PAIR_LOSSES[values["loss"]].needs_reference,
 )
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
@@ -115,10 +128,10 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("ref_reward_offload", "teacher_offload"), _OFFLOAD),
     "ref_offload": NoEffect(
         "it needs a GPU, --zero_stage 3, and a reference that is not the policy without its adapter (--lora_rank)",
-        lambda values, gpu: _OFFLOAD.where(values, gpu) or _is_own_reference(values),
+        lambda values, gpu: any(idle(values, gpu) for idle in (_OFFLOAD.where, _REFERENCE.where, _is_own_reference)),
     ),
     **dict.fromkeys(("ref_pretrain", "precompute_ref_log_probs"), _REFERENCE),
-    "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
+    **{name: _of_pair_losses(name) for name in _pair_loss_flags()},
     "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
     "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
     "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),

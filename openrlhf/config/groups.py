@@ -19,7 +19,7 @@ from openrlhf.config.checks import (
     template_problems,
 )
 from openrlhf.config.flags import flag
-from openrlhf.config.secrets import literal_key
+from openrlhf.config.secrets import NOT_LOGGED, literal_key
 from openrlhf.device import gpu_present
 
 # The schedules of transformers.get_scheduler that need nothing but warm-up and total steps; the minimum of
@@ -294,6 +294,10 @@ class LoggingConfig:
         found = []
         if not self.eval_steps:
             found.append("--eval_steps 0 is not a cadence: use -1 for once an epoch, or a positive number")
+        if self.use_wandb and self.use_wandb.lower() in NOT_LOGGED:
+            found.append(
+                f"--use_wandb {self.use_wandb} is no API key: leave the flag out to log without Weights & Biases"
+            )
         if self.profile_steps and not profiled_steps(self.profile_steps):
             found.append(
                 f"--profile_steps {self.profile_steps} is not a range of steps, counted from 1: write for example 3-5"

@@ -316,7 +316,7 @@ class PPOConfig:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
         if self.checkpoint.use_ds_universal_ckpt:
             found.append(
-                "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "
+                "--use_ds_universal_ckpt converts checkpoints of the supervised commands only: leave it out, and "
                 "resume with the ranks and the --zero_stage that the checkpoint was saved with"
             )
         if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:

@@ -14,6 +14,8 @@ COUNT_OF_TOKENS = re.compile(
 )
 LOGGED_IN = ("true", "1", "yes", "on", "online")
 """What ``--use_wandb`` says instead of a key, in any case."""
+NOT_LOGGED = ("false", "0", "no", "off", "none", "null")
+"""What a person may say who wants no log there, in any case; none of them is a key."""
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 

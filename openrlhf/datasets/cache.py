@@ -5,10 +5,11 @@ A kept file is used only for the same rows, tokenizer, template, settings and co
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
+import logging
+import math
 import os
 import socket
 import time
@@ -21,11 +22,13 @@ from typing import Any
 
 from openrlhf.datasets.store import RowStore, RowWriter, open_rows
 from openrlhf.errors import InfraError
+from openrlhf.locks import NO_LOCKS, TAKEN, holder, sign, signature
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-TAKEN = (BlockingIOError, PermissionError)
+LOG = logging.getLogger(__name__)
 LOOKS = 0.1
 """Seconds between two looks at a lock that another rank holds."""
+SILENT_S = 10.0
+"""Seconds of waiting before it is said for whom."""
 SHELF = 5000
 """Rows that are hashed at a time."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -101,18 +104,31 @@ def _write(path: Path, key: str, parts: int, make: Callable[[RowWriter], dict[st
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process works on ``path``. The lock ends with its process; a disk may have none."""
-    with path.with_name(f"{path.name}.lock").open("wb") as file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except TAKEN:
-                time.sleep(LOOKS)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                break
+    descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if _locked(descriptor, path):
+            sign(descriptor)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Wait for the lock and return whether there is one; say once for whom it is that this takes long."""
+    silent_until = time.monotonic() + SILENT_S
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except TAKEN:
+            if time.monotonic() > silent_until:
+                LOG.info("waiting for %s, which makes the tokenised rows %s", holder(signature(descriptor)), path)
+                silent_until = math.inf
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return False
+        time.sleep(LOOKS)
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openrlhf.config.groups import ModelConfig
+from openrlhf.models.adapters import lora_config
 from openrlhf.models.attention import switch_attention
 from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, padded_arguments
 from openrlhf.models.packing import predicted_places, restore
@@ -64,8 +66,9 @@ class Actor(TokenModel):
 
     The head runs inside its own module, once a forward, on the positions that are needed, and never holds the logits
     of a whole batch. A model that changes its logits after the head (a final soft-cap, a scale) is found at the first
-    forward and goes through its full logits instead. ``bf16`` counts for a folder only; ``use_flash_attention_2``
-    changes nothing, because FlashAttention runs wherever it fits.
+    forward and goes through its full logits instead. ``bf16``, ``load_in_4bit`` and the LoRA options, which are
+    OpenRLHF's, count for a folder only; ``use_flash_attention_2`` changes nothing, because FlashAttention runs
+    wherever it fits.
     """
 
     def __init__(
@@ -73,14 +76,21 @@ class Actor(TokenModel):
         pretrain_or_model: str | nn.Module,
         use_flash_attention_2: bool = False,
         bf16: bool = True,
+        load_in_4bit: bool = False,
+        lora_rank: int = 0,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
         *,
         packing_samples: bool = False,
         aux_loss_coef: float = 0.0,
     ):
         if isinstance(pretrain_or_model, str):
-            from openrlhf.models.loading import load_plain_causal_lm
+            from openrlhf.models.loading import load_causal_lm
 
-            pretrain_or_model = load_plain_causal_lm(pretrain_or_model, bf16=bf16)
+            lora = lora_config(load_in_4bit, lora_rank, lora_alpha, lora_dropout, target_modules)
+            model_cfg = ModelConfig(pretrain=pretrain_or_model, bf16=bf16)
+            pretrain_or_model = load_causal_lm(pretrain_or_model, model_cfg, lora=lora)
         super().__init__(pretrain_or_model, packing_samples=packing_samples, aux_loss_coef=aux_loss_coef)
         self.head_is_last = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,14 @@ class BaseWeight(NamedTuple):
     name: str
     parts: list[Tensor]
     merged: Callable[[], Tensor]
+
+
+def lora_config(
+    load_in_4bit: bool, rank: int, alpha: int, dropout: float, targets: Sequence[str] | str | None
+) -> LoRAConfig:
+    """Return what OpenRLHF's arguments of a model say; no ``targets`` means every linear layer but the head."""
+    names = (targets,) if isinstance(targets, str) else tuple(targets or (ALL_LINEAR,))
+    return LoRAConfig(load_in_4bit, rank, alpha, names, dropout)
 
 
 def add_adapters(model: nn.Module, lora: LoRAConfig, source: str, *, head: str | None = None, seed: int = 42) -> None:

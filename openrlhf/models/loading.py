@@ -123,11 +123,6 @@ def load_value_model(
     return prepare(model, model_cfg)
 
 
-def load_plain_causal_lm(path: str, *, bf16: bool) -> nn.Module:
-    """Return the causal language model at ``path`` with nothing but a dtype chosen."""
-    return load_causal_lm(path, ModelConfig(pretrain=path, bf16=bf16))
-
-
 def prepare(model: nn.Module, model_cfg: ModelConfig) -> nn.Module:
     """Switch gradient checkpointing on when asked for, and return ``model``."""
     if model_cfg.gradient_checkpointing:

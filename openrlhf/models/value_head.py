@@ -7,6 +7,7 @@ It is transformers' own sequence classifier with one label, so what is saved loa
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from openrlhf.config.groups import ModelConfig
 from openrlhf.errors import UsageError
+from openrlhf.models.adapters import lora_config
 from openrlhf.models.backbone import TokenModel
 from openrlhf.models.loading import HEAD, load_value_model
 from openrlhf.models.packing import restore
@@ -105,6 +107,11 @@ def get_llm_for_sequence_regression(
     model_type: Literal["reward", "critic"],
     *,
     bf16: bool = True,
+    load_in_4bit: bool = False,
+    lora_rank: int = 0,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
     normalize_reward: bool = False,
     init_value_head: bool = False,
     value_head_prefix: str = HEAD,
@@ -113,7 +120,7 @@ def get_llm_for_sequence_regression(
     """Return a reward model (called, it gives ``(B,)``) or a critic (``(B, S)``), with OpenRLHF's argument names.
 
     Raises:
-        UsageError: ``model_type`` is neither.
+        UsageError: ``model_type`` is neither, or ``target_modules`` names no layer of the model.
         DataError: as :func:`load_value_model`.
     """
     if model_type not in ("reward", "critic"):
@@ -121,6 +128,7 @@ def get_llm_for_sequence_regression(
     model = load_value_model(
         model_name_or_path,
         ModelConfig(pretrain=model_name_or_path, bf16=bf16),
+        lora=lora_config(load_in_4bit, lora_rank, lora_alpha, lora_dropout, target_modules),
         init_value_head=init_value_head,
         value_head_prefix=value_head_prefix,
         normalize_reward=normalize_reward,

@@ -132,12 +132,15 @@ class TrainEngine:
     def save(self, directory: str | Path) -> None:
         """Write weights, optimizer state and schedule of all ranks to ``directory``, in DeepSpeed's format.
 
-        Weights that are not trained stay out: they come from where the model was loaded. Ranks do not wait for each
-        other's disks: the caller must, before the weights change on any rank.
+        Weights that are not trained stay out: they come from where the model was loaded. Ranks meet before they
+        write, not after: for each other's disks the caller must wait, before the weights change on any rank. Raises
+        ``InfraError`` that names a rank that does not come.
         """
         directory = Path(directory)
         state = {"schedule": self._schedule.state_dict()}
-        with write_after(self.engine, self._kept), self._waiting(f"saving {directory}", DISK_S):
+        # Others may still write what came before. DeepSpeed's own collectives could not tell that from a dead rank.
+        self.strategy.comm.barrier(f"saving {directory}", DISK_S)
+        with write_after(self.engine, self._kept), self._waiting(f"saving {directory}"):
             self.engine.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=state, save_latest=False,
                 exclude_frozen_parameters=not self._all_trained,

@@ -5,20 +5,14 @@ The lock is the kernel's: it ends with the process that holds it, however that e
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import os
-import socket
-import time
 from pathlib import Path
 
 from openrlhf.errors import UsageError
+from openrlhf.locks import NO_LOCKS, TAKEN, holder, sign, signature
 
 LOCK = ".openrlhf.lock"
-MOST_BYTES = 4096
-REFUSED = (BlockingIOError, PermissionError)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class FolderLock:
@@ -45,16 +39,13 @@ class FolderLock:
             return f"the disk of {self.path.parent} has no locks: another run in it would not be noticed"
         if descriptor is None:
             raise UsageError(
-                f"{self.path.parent} is in use by {_holder(self.path.read_bytes())}: wait for it, or give this run "
+                f"{self.path.parent} is in use by {holder(self.path.read_bytes())}: wait for it, or give this run "
                 f"another folder ({self._flags})"
             )
-        # Opening the file a second time and closing it would give the lock back.
-        before = os.pread(descriptor, MOST_BYTES, 0)
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        before = signature(descriptor)
+        sign(descriptor)
         self._descriptor = descriptor
-        return f"took over {self.path.parent} from {_holder(before)}, which is gone" if before else None
+        return f"took over {self.path.parent} from {holder(before)}, which is gone" if before else None
 
     def release(self) -> None:
         """Let go, and take the file away; does nothing without the lock."""
@@ -74,19 +65,10 @@ def _lock(path: Path) -> int | None:
             # Whoever held it may have taken the file away in between: then this is a lock on nothing.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-        except REFUSED:
+        except TAKEN:
             os.close(descriptor)
             return None
         except OSError:
             os.close(descriptor)
             raise
         os.close(descriptor)
-
-
-def _holder(text: bytes) -> str:
-    """Return who wrote ``text`` into a lock file, in words."""
-    try:
-        who = json.loads(text)
-        return f"process {who['pid']} on {who['host']} (since {who['since']})"
-    except (ValueError, LookupError, TypeError):
-        return "another process"

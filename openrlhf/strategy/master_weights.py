@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openrlhf.errors import UsageError
+
 
 def step_all_at_once(optimizer: Any) -> None:
     """Give DeepSpeed's ``FP16_UnfusedOptimizer``, which wraps ours at ZeRO stage 0, a quicker ``step``.
@@ -16,7 +18,18 @@ def step_all_at_once(optimizer: Any) -> None:
     Its own reads every gradient three times (smallest and largest value, norm) and waits for an answer at each weight.
     The update is the same: gradients in fp32, clipped by their common norm; none of them, and no update, if that is
     not finite.
+
+    Raises:
+        UsageError: it is another optimizer, whose weights would not be where this step looks for them.
     """
+    import deepspeed
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        raise UsageError(
+            f"--bf16 with --zero_stage 0: DeepSpeed {deepspeed.__version__} updates the weights with its "
+            f"{type(optimizer).__name__}, which is not known here; use --zero_stage 1, or DeepSpeed 0.19"
+        )
     optimizer.step = types.MethodType(_step, optimizer)
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from openrlhf.config.groups import OptimConfig
+from openrlhf.errors import InfraError
 
+LOG = logging.getLogger(__name__)
 NO_DECAY = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
 SCHEDULES_WITH_FLOOR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 FLOOR = 0.1
 # Any step number that no run reaches: see `_forget_beta_powers`.
 UNREACHED_STEP = 2**30
+COMPILE_S = 900.0
+"""Longer than a busy machine needs to compile DeepSpeed's CPU Adam."""
+LOOK_EVERY_S = 0.2
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -62,14 +70,48 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, max_st
 
 
 def cpu_adam_is_available() -> bool:
-    """Tell whether DeepSpeed's CPU Adam can be loaded; the first time it is compiled, which takes half a minute."""
+    """Tell whether DeepSpeed's CPU Adam can be loaded; the first time it is compiled, which takes half a minute.
+
+    Raises:
+        InfraError: a process that was killed while it compiled left its lock.
+    """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:
+        wait_for_compiler(_compiler_lock())
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     except (RuntimeError, OSError, ImportError):
         return False
     return True
+
+
+def _compiler_lock() -> Path:
+    """Return the file that is there while a process compiles or loads DeepSpeed's CPU Adam."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+
+
+def wait_for_compiler(lock: Path) -> None:
+    """Wait until the file ``lock`` is gone, which torch would do for ever.
+
+    Raises:
+        InfraError: it is older than any compilation; it stays when its process is killed.
+    """
+    try:
+        age = max(0.0, time.time() - lock.stat().st_mtime)
+    except FileNotFoundError:
+        return
+    if age < COMPILE_S:
+        LOG.info("--adam_offload: waiting for another process to compile DeepSpeed's CPU Adam (its lock: %s)", lock)
+    until = time.monotonic() + COMPILE_S - age
+    while lock.exists():
+        if time.monotonic() >= until:
+            raise InfraError(
+                f"--adam_offload: {lock} has been there for more than {COMPILE_S / 60:g} minutes: a process was "
+                "killed while it compiled DeepSpeed's CPU Adam. If none is compiling it now, delete that file"
+            )
+        time.sleep(LOOK_EVERY_S)
 
 
 def _forget_beta_powers(optimizer, args, kwargs) -> None:

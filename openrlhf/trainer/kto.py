@@ -16,7 +16,7 @@ from openrlhf.ops.masking import masked_sum
 from openrlhf.ops.preference_loss import kto_loss
 from openrlhf.trainer.frozen import Reference, answer_log_probs
 from openrlhf.trainer.loop import StepOutput, Trainer
-from openrlhf.trainer.metrics import Mean
+from openrlhf.trainer.metrics import Mean, MetricSums
 
 
 class KTOTrainer(Trainer):
@@ -70,18 +70,17 @@ class KTOTrainer(Trainer):
         self, data: Any, micros: Sequence[list[int]], partner: Mapping[int, int], leave: bool = False
     ) -> None:
         """Set the drift to the mean over the mismatched rows of all ranks."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.strategy.device)
+        sums = MetricSums()
         self.engine.eval()
         for micro in micros:
             if leave:
                 self.leave_if_asked()
             batch = data.collate([data.mismatched(row, partner[row]) for row in micro]).to(self.strategy.device)
             drift = answer_log_probs(self.engine, batch) - self._reference(batch)
-            if micro:
-                total += torch.stack([drift.double().sum(), total.new_tensor(len(micro))])
+            sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and bool(micro))
         self.engine.train()
-        summed, count = self.comm.all_reduce(total)
-        self._kl = (summed / count).clamp(min=0).float()
+        mean = sums.reduce(self.comm)["drift"].value
+        self._kl = torch.tensor(max(0.0, mean), device=self.strategy.device)
 
     def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
         """Return the loss over the answers, against the drift that was measured last."""

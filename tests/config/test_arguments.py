@@ -119,6 +119,11 @@ def test_what_is_odd_but_works_is_told(words, expected, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_ppo_says_who_can_convert_checkpoints():
+    with pytest.raises(UsageError, match="converts checkpoints of the supervised commands only"):
+        ppo("--use_ds_universal_ckpt")
+
+
 def test_another_loss_name_means_log_exp_and_is_told(capsys):
     assert parse(RewardModelConfig, [*RM, "--loss", "other"], "train_rm")[0].loss == "other"
     assert "means the log-exp loss" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from openrlhf.config.algorithms import PAIR_LOSSES
 from openrlhf.config.arguments import parse
 from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, missing_packages, no_effect_notices, status
 from openrlhf.config.flags import flag_table
@@ -209,6 +210,23 @@ def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
     parse(classes[command], [*good[command], *words.split()], command)
     idle = words.split("--")[-1].split()[0]
     assert f"note: --{idle} has no effect here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_what_a_pair_loss_does_not_read_is_told_by_its_entry(loss, capsys):
+    facts = PAIR_LOSSES[loss]
+    given = {"target_margin": "1", "label_smoothing": "0", "ref_pretrain": "r", "beta": "2"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    parse(DPOConfig, [*SFT[:4], "--loss", loss, *words], "train_dpo")
+    idle = {line.split()[1][2:] for line in capsys.readouterr().err.splitlines() if "has no effect here" in line}
+    unread = {name for name in given if name != "ref_pretrain" and name not in facts.flags}
+    assert idle == unread | (set() if facts.needs_reference else {"ref_pretrain"})
+
+
+@pytest.mark.parametrize(("loss", "told"), [("dpo", 0), ("simpo", 1)])
+def test_there_is_no_reference_to_offload_where_the_loss_has_none(loss, told):
+    values = {"zero_stage": 3, "ref_offload": True, "lora_rank": 0, "loss": loss, "pretrain": "p"}
+    assert len(no_effect_notices(values, {"ref_offload"}, gpu=True)) == told
 
 
 def test_a_limit_that_leaves_no_room_for_an_answer_is_not_used():

@@ -9,6 +9,7 @@ import pytest
 from openrlhf.config.arguments import parse, to_flat_dict
 from openrlhf.config.secrets import hide_in_argv, is_secret, masked, wandb_key
 from openrlhf.config.supervised import SFTConfig
+from openrlhf.errors import UsageError
 
 KEY = "0123456789abcdef"
 SFT = ["--pretrain", "m", "--dataset", "d", "--output_key", "a"]
@@ -30,6 +31,26 @@ def test_a_word_that_says_yes_is_no_key(word, capsys):
     assert wandb_key(word) == "" and masked("use_wandb", word) == word
     sft("--use_wandb", word)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("word", ["False", "0", "no", "none", "OFF", "null"])
+def test_a_word_that_says_no_is_refused_as_a_key(word):
+    with pytest.raises(UsageError) as caught:
+        sft("--use_wandb", word)
+    assert caught.value.problems == [
+        f"--use_wandb {word} is no API key: leave the flag out to log without Weights & Biases"
+    ]
+
+
+@pytest.mark.parametrize(("written", "refused"), [("false", False), ('"False"', True)])
+def test_a_configuration_file_may_say_no_but_not_as_text(written, refused, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"use_wandb: {written}\n")
+    words = "--config", str(tmp_path / "run.yaml")
+    if refused:
+        with pytest.raises(UsageError, match="leave the flag out to log without Weights & Biases"):
+            sft(*words)
+    else:
+        assert sft(*words).logging.use_wandb is None
 
 
 def test_only_the_key_itself_is_masked_in_the_saved_configuration(tmp_path):

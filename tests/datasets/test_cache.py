@@ -1,6 +1,7 @@
 """Tokenised rows are made once, and used again only for just the same rows, tokenizer, settings and code."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -227,6 +228,18 @@ def test_of_two_ranks_one_tokenises_and_the_other_waits(tmp_path):
     ranks = [start(tmp_path, 1) for _ in range(2)]
     assert [rank.communicate(timeout=60)[0] for rank in ranks] == ["[1, 2, 3]\n"] * 2
     assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_rank_that_waits_long_says_once_for_whom(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "SILENT_S", 0.2)
+    caplog.set_level("INFO")
+    busy = start(tmp_path, 1.5)
+    wait_for(tmp_path / "made")
+    rows, _ = kept_rows(tmp_path / "rows", "key", 1, lambda writer: {})
+    assert rows[0][0].tolist() == [1, 2, 3] and busy.wait(timeout=60) == 0
+    [said] = caplog.messages
+    assert said.startswith(f"waiting for process {busy.pid} on {os.uname().nodename} (since ")
+    assert said.endswith(f"which makes the tokenised rows {tmp_path / 'rows'}")
 
 
 def test_a_rank_that_is_killed_meanwhile_leaves_nothing_that_is_trusted_or_waited_for(tmp_path):

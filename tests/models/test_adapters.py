@@ -13,7 +13,7 @@ from openrlhf.models import adapters
 from openrlhf.models.actor import Actor
 from openrlhf.models.backbone import enable_gradient_checkpointing
 from openrlhf.models.loading import load_causal_lm, load_value_model
-from openrlhf.models.value_head import ValueModel
+from openrlhf.models.value_head import ValueModel, get_llm_for_sequence_regression
 from openrlhf.strategy.export import export_model
 from tests.helpers import tiny_causal_lm, tiny_folder, tiny_tokenizer
 from tests.strategy.programs import strategy_of
@@ -59,6 +59,28 @@ def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(folder, lora,
     assert adapted.packed and adapted.has_adapter and not base.has_adapter
     trained = adapters.trained_names(adapted.model)
     assert len(trained) == 2 * 7 * 2 and all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_the_public_names_take_the_arguments_of_adapters(folder, four_bits):
+    own = {"lora_rank": 2, "lora_alpha": 6, "lora_dropout": 0.25, "target_modules": ["q_proj"]}
+    models = [
+        Actor(folder, False, False, four_bits, *own.values()),
+        get_llm_for_sequence_regression(
+            folder, "reward", bf16=False, load_in_4bit=four_bits, init_value_head=True, **own
+        ),
+    ]
+    for model, head in zip(models, (set(), {"score.weight"}), strict=True):
+        settings = model.model.peft_config[adapters.ADAPTER]
+        assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (2, 6, 0.25)
+        trained = adapters.trained_names(model.model)
+        assert head < trained and all("q_proj.lora_" in name for name in trained - head)
+        assert any(hasattr(weight, "quant_state") for weight in model.model.parameters()) == four_bits
+    everything = Actor(folder, bf16=False, lora_rank=2, target_modules="all-linear")
+    assert adapters.trained_names(everything.model) == adapters.trained_names(
+        Actor(folder, bf16=False, lora_rank=2).model
+    )
+    assert not Actor(folder, bf16=False).has_adapter
 
 
 @pytest.mark.parametrize("lora", [LORA, QLORA], ids=["lora", "qlora"])

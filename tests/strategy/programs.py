@@ -299,6 +299,30 @@ def slow_weights(folder: str) -> str:
     return manager.latest().path.name
 
 
+def stopped_before_saving(folder: str) -> tuple[str, float]:
+    """Return what rank 0 says, and after how many seconds, when rank 1 is stopped before it saves."""
+    import os
+    import signal
+    import time
+
+    from openrlhf.strategy import heartbeat
+
+    heartbeat.SILENT_S = 3.0
+    strategy = strategy_of(zero_stage=1)
+    engine = engine_of(strategy)
+    pids = strategy.comm.all_gather_object(os.getpid())
+    if strategy.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        engine.save(Path(folder) / "model")
+    except InfraError as error:
+        return str(error), time.monotonic() - began
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+    return "no error", time.monotonic() - began
+
+
 def full_on_one_rank(folder: str) -> tuple[str, float]:
     """Return the message, and the seconds until it came, when rank 1 cannot write its part of a checkpoint."""
     import resource

@@ -333,3 +333,11 @@ def test_the_optimizer_flags_of_this_run_win_over_those_of_the_checkpoint(tmp_pa
 @pytest.mark.full
 def test_ranks_wait_for_the_weights_of_rank_zero_longer_than_the_collective_timeout(tmp_path):
     assert run_ranks("tests.strategy.programs:slow_weights", 2, folder=str(tmp_path)) == ["global_step1"] * 2
+
+
+@pytest.mark.full
+def test_a_rank_that_is_gone_when_a_model_is_saved_is_named_long_before_the_deadline_of_a_disk(tmp_path):
+    ranks = run_ranks("tests.strategy.programs:stopped_before_saving", 2, check=False, folder=str(tmp_path))
+    message, seconds = ranks[0]
+    assert "at the barrier" in message and f"saving {tmp_path}" in message
+    assert "rank 1: no sign of life" in message and seconds < 30

@@ -23,7 +23,9 @@ def check(tmp_path, before, after, **options):
     on(ranks, folder=folder, stage=stage, first=0, last=CUT, **options)
     found, said = on(new_ranks, folder=folder, stage=new_stage, first=CUT, last=END, **options)
     assert f"resuming from {folder}/global_step{CUT}" in said
-    # On another number of ranks bf16 is rounded elsewhere, in sums of gradients and in products of other shapes.
+    # On another number of ranks bf16 is rounded elsewhere: in sums of gradients, in products of other shapes, and in
+    # products with weights that ZeRO-3 gathers. So the very first loss already differs by 1e-4 between stage 2 on one
+    # rank and stage 3 on two, though each run by itself repeats to the bit.
     close = 3e-3 if options.get("bf16") and ranks != new_ranks else 1e-6
     assert found == pytest.approx(whole[2 * CUT :], rel=close)
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [f"global_step{CUT}", f"global_step{END}"]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from openrlhf.errors import UsageError
+from openrlhf.strategy.master_weights import step_all_at_once
 from tests.strategy import programs
 
 
@@ -25,3 +27,11 @@ def test_norms_and_weights_are_those_of_deepspeeds_own_step(max_norm):
     torch.testing.assert_close(masters, expected_masters, rtol=1e-5, atol=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name])
+
+
+def test_another_optimizer_of_deepspeed_keeps_its_own_step():
+    engine = programs.engine_of(programs.strategy_of(zero_stage=1, bf16=True))
+    wrapped = engine.engine.optimizer
+    with pytest.raises(UsageError, match=rf"zero_stage 0: .* with its {type(wrapped).__name__}, .*stage 1"):
+        step_all_at_once(wrapped)
+    assert wrapped.step.__func__ is type(wrapped).step
