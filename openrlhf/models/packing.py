@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from openrlhf.errors import DataError
 
-LEAST_SHARED = 16
+LEAST_SHARED = 4
 """Fewer tokens that sequences begin with are computed again."""
 WORTH_SHARING = 1 / 16
 """A smaller part of a batch that could be left out is computed all the same."""
