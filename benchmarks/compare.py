@@ -1,11 +1,11 @@
 """Ours and TRL on the same work, in turn, and the ratio of the medians: a table, a picture, a JSON file.
 
-    python benchmarks/compare.py {sft,rm,rloo} --model MODEL_DIR --data DATA_DIR --peer-python PYTHON --out DIR
+    python benchmarks/compare.py {sft,rm,dpo,kto,rloo} --model MODEL_DIR --data DATA_DIR --peer-python PYTHON --out DIR
 
-MODEL_DIR is what ``model.py`` writes. DATA_DIR holds gsm8k_train.jsonl (question, answer) and, for ``rm``,
-gsm8k_preference_train.jsonl (prompt, chosen, rejected). PYTHON belongs to the environment of the peer (see
-``peer_trl.py``); ours is the one that runs this file. The programs run one after the other, ``--rounds`` times each:
-A B A B. Leave the machine alone meanwhile.
+MODEL_DIR is what ``model.py`` writes. DATA_DIR holds gsm8k_train.jsonl (question, answer), for ``rm`` and ``dpo``
+gsm8k_preference_train.jsonl (prompt, chosen, rejected), for ``kto`` gsm8k_unpaired_train.jsonl (prompt, completion,
+label). PYTHON belongs to the environment of the peer (see ``peer_trl.py``); ours is the one that runs this file. The
+programs run one after the other, ``--rounds`` times each: A B A B. Leave the machine alone meanwhile.
 
 Both time training from the first step to the last, loading left out. Ours trains bf16 weights with an fp32 master
 copy, which is what ``--bf16`` does.
@@ -22,15 +22,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STEPS = {"sft": 20, "rm": 20, "rloo": 4}
+STEPS = {"sft": 20, "rm": 20, "dpo": 20, "kto": 20, "rloo": 4}
 ROWS, PROMPTS, SAMPLES, NEW_TOKENS = 8, 16, 4, 128
 PEERS = {
     "sft": {"TRL autocast": [], "TRL autocast, grouped by length": ["--group"]},
     "rm": {"TRL autocast": []},
+    "dpo": {"TRL autocast": []},
+    "kto": {"TRL autocast": []},
     "rloo": {"TRL autocast (GRPO, HF generate)": []},
 }
 OURS = "ours"
@@ -68,13 +71,23 @@ def sft_command(model: Path, data: Path, work: Path) -> list[str]:
     ]
 
 
-def rm_command(model: Path, data: Path, work: Path) -> list[str]:
-    """Return our reward model on 20 steps of 8 pairs."""
-    file = head(data / "gsm8k_preference_train.jsonl", work / "pairs.jsonl", STEPS["rm"] * ROWS)
+def pairs_command(job: str, model: Path, data: Path, work: Path) -> list[str]:
+    """Return our reward model or our DPO on 20 steps of 8 pairs."""
+    file = head(data / "gsm8k_preference_train.jsonl", work / "pairs.jsonl", STEPS[job] * ROWS)
     return [
-        *("openrlhf.cli.train_rm", *common(model, work), "--dataset", file, "--eval_dataset", file),
+        *(f"openrlhf.cli.train_{job}", *common(model, work), "--dataset", file, "--eval_dataset", file),
         *("--prompt_key", "prompt", "--max_len", "1024", "--max_epochs", "1", "--learning_rate", "1e-4"),
         *("--train_batch_size", str(ROWS), "--micro_train_batch_size", str(ROWS)),
+    ]
+
+
+def kto_command(model: Path, data: Path, work: Path) -> list[str]:
+    """Return our KTO on 20 steps of 8 answers."""
+    file = head(data / "gsm8k_unpaired_train.jsonl", work / "answers.jsonl", STEPS["kto"] * ROWS)
+    return [
+        *("openrlhf.cli.train_kto", *common(model, work), "--dataset", file, "--eval_dataset", file),
+        *("--input_key", "prompt", "--output_key", "completion", "--max_len", "1024", "--max_epochs", "1"),
+        *("--train_batch_size", str(ROWS), "--micro_train_batch_size", str(ROWS), "--learning_rate", "1e-4"),
     ]
 
 
@@ -97,7 +110,13 @@ def rloo_command(model: Path, data: Path, work: Path) -> list[str]:
     ]
 
 
-COMMANDS = {"sft": sft_command, "rm": rm_command, "rloo": rloo_command}
+COMMANDS = {
+    "sft": sft_command,
+    "rm": partial(pairs_command, "rm"),
+    "dpo": partial(pairs_command, "dpo"),
+    "kto": kto_command,
+    "rloo": rloo_command,
+}
 
 
 def run_ours(job: str, model: Path, data: Path) -> Figures:
@@ -121,9 +140,9 @@ def sft_figures(steps: list[dict]) -> Figures:
     return {"tokens/s": tokens / total(steps, "time/step")}
 
 
-def rm_figures(steps: list[dict]) -> Figures:
-    """Return pairs a second."""
-    return {"pairs/s": len(steps) * ROWS / total(steps, "time/step")}
+def row_figures(unit: str, steps: list[dict]) -> Figures:
+    """Return pairs or rows a second."""
+    return {f"{unit}/s": len(steps) * ROWS / total(steps, "time/step")}
 
 
 def rloo_figures(steps: list[dict]) -> Figures:
@@ -135,7 +154,13 @@ def rloo_figures(steps: list[dict]) -> Figures:
     }
 
 
-FIGURES = {"sft": sft_figures, "rm": rm_figures, "rloo": rloo_figures}
+FIGURES = {
+    "sft": sft_figures,
+    "rm": partial(row_figures, "pairs"),
+    "dpo": partial(row_figures, "pairs"),
+    "kto": partial(row_figures, "rows"),
+    "rloo": rloo_figures,
+}
 
 
 def total(steps: list[dict], name: str) -> float:

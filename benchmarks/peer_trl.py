@@ -1,6 +1,6 @@
 """The same work in TRL, in an environment of its own (torch 2.13.0, trl 1.16.0, peft): one JSON line of figures.
 
-    python benchmarks/peer_trl.py {sft,rm,rloo} MODEL_DIR DATA_DIR [--precision fp32|autocast|bf16] [--group]
+    python benchmarks/peer_trl.py {sft,rm,dpo,kto,rloo} MODEL_DIR DATA_DIR [--precision fp32|autocast|bf16] [--group]
 
 ``autocast`` keeps fp32 weights and computes in bf16, ``bf16`` keeps bf16 weights without an fp32 master copy,
 ``--group`` puts rows of similar length into one batch. ``rloo`` runs TRL's GRPO trainer, its closest to ours.
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS = {"sft": 20, "rm": 20, "rloo": 4}
+STEPS = {"sft": 20, "rm": 20, "dpo": 20, "kto": 20, "rloo": 4}
 ROWS, COMPLETIONS, SAMPLES, NEW_TOKENS = 8, 64, 4, 128
 
 
@@ -71,22 +71,56 @@ def sft(model: str, data: Path, precision: str, group: bool) -> dict[str, float]
     return {"tokens/s": tokens / seconds}
 
 
+def pairs(data: Path, job: str):
+    """Return the pairs of all steps as conversations."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": turn("user", row["prompt"]),
+                "chosen": turn("assistant", row["chosen"]),
+                "rejected": turn("assistant", row["rejected"]),
+            }
+            for row in rows(data / "gsm8k_preference_train.jsonl", STEPS[job] * ROWS)
+        ]
+    )
+
+
 def rm(model: str, data: Path, precision: str, group: bool) -> dict[str, float]:
     """Train on pairs; return pairs a second."""
-    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    pairs = [
+    config = RewardConfig(**common("rm", precision), per_device_train_batch_size=ROWS, max_length=1024)
+    trainer = RewardTrainer(model=model, args=config, train_dataset=pairs(data, "rm"))
+    return {"pairs/s": STEPS["rm"] * ROWS / timed(trainer.train)}
+
+
+def dpo(model: str, data: Path, precision: str, group: bool) -> dict[str, float]:
+    """Train on pairs against the model as it was; return pairs a second."""
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(**common("dpo", precision), per_device_train_batch_size=ROWS, max_length=1024)
+    trainer = DPOTrainer(model=model, args=config, train_dataset=pairs(data, "dpo"))
+    return {"pairs/s": STEPS["dpo"] * ROWS / timed(trainer.train)}
+
+
+def kto(model: str, data: Path, precision: str, group: bool) -> dict[str, float]:
+    """Train on single answers against the model as it was; return rows a second."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    answers = [
         {
             "prompt": turn("user", row["prompt"]),
-            "chosen": turn("assistant", row["chosen"]),
-            "rejected": turn("assistant", row["rejected"]),
+            "completion": turn("assistant", row["completion"]),
+            "label": row["label"],
         }
-        for row in rows(data / "gsm8k_preference_train.jsonl", STEPS["rm"] * ROWS)
+        for row in rows(data / "gsm8k_unpaired_train.jsonl", STEPS["kto"] * ROWS)
     ]
-    config = RewardConfig(**common("rm", precision), per_device_train_batch_size=ROWS, max_length=1024)
-    trainer = RewardTrainer(model=model, args=config, train_dataset=Dataset.from_list(pairs))
-    return {"pairs/s": STEPS["rm"] * ROWS / timed(trainer.train)}
+    config = KTOConfig(**common("kto", precision), per_device_train_batch_size=ROWS, max_length=1024)
+    trainer = KTOTrainer(model=model, args=config, train_dataset=Dataset.from_list(answers))
+    return {"rows/s": STEPS["kto"] * ROWS / timed(trainer.train)}
 
 
 def rloo(model: str, data: Path, precision: str, group: bool) -> dict[str, float]:

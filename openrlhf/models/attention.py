@@ -82,6 +82,8 @@ def unpadded_attention(
         raise UnpaddedAttentionError("its attention mask is neither causal nor a sliding window")
     window = 0 if attention_mask >= unpadded.longest else attention_mask
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if unpadded.keys:
+        key, value = (x.index_select(2, unpadded.keys.places) for x in (key, value))
     shared = isinstance(unpadded, SharedRows)
     kernel = _variable_length_kernel(query, value, shared, dropout, softcap, s_aux)
     if kernel is not None:
@@ -94,16 +96,22 @@ def unpadded_attention(
 
     if shared:
         return attend_over_ring(attend, query, key, value, s_aux, unpadded), None
-    parts = zip(*(x.split(unpadded.lengths, dim=2) for x in (query, key, value)), strict=True)
+    seen = (unpadded.keys or unpadded).lengths
+    parts = zip(query.split(unpadded.lengths, dim=2), key.split(seen, dim=2), value.split(seen, dim=2), strict=True)
     return torch.cat([attend(*part) for part in parts], dim=1), None
 
 
 def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, dropout: float) -> Tensor:
     """Return ``(1, L, heads, width)``: causal SDPA of the last ``L`` tokens of one sequence.
 
-    A mask exists only where a window cuts, or where there are more keys than queries.
+    A mask exists only where a window cuts, or where there are many more keys than queries; a few queries that nobody
+    reads are cheaper than one.
     """
     queries, keys, dtype = query.shape[2], key.shape[2], query.dtype
+    if not 0 < window < keys and queries < keys < 2 * queries:
+        query = F.pad(query, (0, 0, keys - queries, 0))
+        output = _one_sequence(query, key, value, scale, window, dropout)
+        return output[:, keys - queries :]
     if query.device.type == "cpu" and dtype in HALF_TYPES and keys <= SHORT:
         query, key, value = query.float(), key.float(), value.float()
     mask = _visible(queries, keys, window, query.device) if 0 < window < keys or queries < keys else None
@@ -147,6 +155,11 @@ def _variable_length_kernel(
     return flash_over_ring if shared else _torch_kernel() or _flash_attn_kernel()
 
 
+def _bounds(rows: Rows) -> tuple[Tensor, Tensor, int, int]:
+    """Return where queries and keys of the sequences start, and the most of each."""
+    return rows.starts, (rows.keys or rows).starts, max(rows.lengths), rows.longest
+
+
 @functools.cache
 def _flash_attn_kernel() -> Callable | None:
     """Return flash-attn's variable-length kernel when that package is installed."""
@@ -157,7 +170,7 @@ def _flash_attn_kernel() -> Callable | None:
     def run(query, key, value, rows: Rows, scale: float, window: int) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         output = flash_attn_varlen_func(
-            query, key, value, rows.starts, rows.starts, rows.longest, rows.longest, softmax_scale=scale, causal=True,
+            query, key, value, *_bounds(rows), softmax_scale=scale, causal=True,
             window_size=(window - 1, 0) if window else (-1, -1),
         )  # fmt: skip
         return output[None]
@@ -178,7 +191,7 @@ def _torch_kernel() -> Callable | None:
     def run(query, key, value, rows: Rows, scale: float, window: int) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         output = varlen_attn(
-            query, key, value, rows.starts, rows.starts, rows.longest, rows.longest, scale=scale,
+            query, key, value, *_bounds(rows), scale=scale,
             window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return output[None]

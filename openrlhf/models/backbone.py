@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openrlhf.errors import UsageError
 from openrlhf.models import adapters
 from openrlhf.models.attention import PADDED, UNPADDED, register, switch_attention
-from openrlhf.models.packing import PackedBatch, position_ids_of, remove_padding
+from openrlhf.models.packing import LEAST_SHARED, PackedBatch, position_ids_of, remove_padding
 from openrlhf.models.ring import Ring
 from openrlhf.ops.logprobs import rows_round_to
 from openrlhf.ops.router_loss import load_balancing_loss
@@ -38,6 +38,7 @@ class TokenModel(nn.Module):
         model: the transformers model.
         packed: whether padding is removed before the forward; known once :meth:`verify` has run.
         reason: why padding stays, when it does.
+        merges: whether what several sequences of a batch begin with is computed once; known with ``packed``.
         padded_attention: transformers' name of the attention that is right for padded batches.
         aux_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out.
         ring: the ranks that share each batch.
@@ -54,6 +55,7 @@ class TokenModel(nn.Module):
         self._insisted_by = "--packing_samples" if packing_samples else None
         self.ring = ALONE
         self.packed = False
+        self.merges = False
         self.verified = False
         self.reason: str | None = None
         self.padded_attention = PADDED
@@ -102,6 +104,7 @@ class TokenModel(nn.Module):
         with evaluating(self), quiet(), torch.no_grad():
             self.padded_attention = choose_padded(self.model)
             self.reason = verify_unpadded(self.model, self.ring)
+            self.merges = self.reason is None and self.ring.size == 1 and merging_is_exact(self.model)
         self.packed = self.reason is None
         switch_attention(self.model, UNPADDED if self.packed else self.padded_attention)
         if self._insisted_by and not self.packed:
@@ -138,7 +141,9 @@ class TokenModel(nn.Module):
         if not self.verified:
             self.verify()
         multiple = rows_round_to(self.device, self.model.dtype) * self.ring.size
-        return self.ring.share(remove_padding(sequences, attention_mask, multiple))
+        # The experts of a mixture are balanced over the tokens of the data.
+        merges = self.merges and not self.aux_loss_coef
+        return self.ring.share(remove_padding(sequences, attention_mask, multiple, LEAST_SHARED if merges else None))
 
     def hidden_and_aux(self, batch: PackedBatch, sequences: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden states ``(M, H)`` of the tokens, and the load-balancing loss of this batch.
@@ -173,7 +178,7 @@ class TokenModel(nn.Module):
 
         Of a packed batch the filler behind the real tokens stays.
         """
-        return values[0] if self.packed else values.flatten(0, 1)[batch.indices]
+        return batch.whole(values[0]) if self.packed else values.flatten(0, 1)[batch.indices]
 
 
 @functools.cache
@@ -225,18 +230,30 @@ def verify_unpadded(model: nn.Module, ring: Ring = ALONE) -> str | None:
     attention; the ranks of ``ring`` compute it together. ``model`` is in evaluation mode and gradients are off; its
     attention may be another one afterwards.
     """
-    sequences = _check_sequences(model)
+    return _verify(model, _check_sequences(model), ring)
+
+
+def merging_is_exact(model: nn.Module) -> bool:
+    """Return whether the same holds for two sequences whose common beginning is in the row once."""
+    first, second = _check_sequences(model)
+    return _verify(model, (first, torch.cat([first[:, :-1], second], dim=1)), ALONE, least_shared=1) is None
+
+
+def _verify(
+    model: nn.Module, sequences: tuple[Tensor, Tensor], ring: Ring, least_shared: int | None = None
+) -> str | None:
     expected = _each_alone(model, sequences, REFERENCE)
     if not switch_attention(model, UNPADDED):
         return "its attention cannot be replaced"
-    width = max(CHECK_LENGTHS)
+    lengths = torch.tensor([row.shape[1] for row in sequences], device=expected.device)
+    width = int(lengths.max())
     padded = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in sequences])
-    lengths = torch.tensor(CHECK_LENGTHS, device=padded.device)
-    batch = ring.share(remove_padding(padded, torch.arange(width, device=padded.device) < lengths[:, None]))
+    real = torch.arange(width, device=padded.device) < lengths[:, None]
+    batch = ring.share(remove_padding(padded, real, least_shared=least_shared))
     try:
         packed = _backbone(model)(**packed_arguments(batch)).last_hidden_state[0]
         mine = ring.mine(torch.arange(len(expected), device=packed.device), len(packed))
-        packed = ring.join(packed[mine.places], mine.counts)
+        packed = ring.join(batch.whole(packed)[mine.places], mine.counts)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None if _close(packed, expected) else "packed sequences see each other"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,7 +66,7 @@ class Ring:
         chunk = sum(lengths) // self.size
         own = slice(self.rank * chunk, (self.rank + 1) * chunk)
         ids, positions = (pad(x, (0, missing))[:, own] for x in (batch.input_ids, batch.position_ids))
-        rows = SharedRows(lengths, starts, self)
+        rows = SharedRows(lengths, starts, ring=self)
         return replace(batch, input_ids=ids, position_ids=positions, rows=rows)
 
     def mine(self, wanted: Tensor, chunk: int) -> Mine:
@@ -92,7 +92,7 @@ class Ring:
 class SharedRows(Rows):
     """Where the sequences lie in a row of which each rank of ``ring`` has a chunk."""
 
-    ring: Ring
+    ring: Ring = field(kw_only=True)
 
     @functools.cached_property
     def parts(self) -> tuple[tuple[int, slice], ...]:

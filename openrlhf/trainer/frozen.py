@@ -91,13 +91,17 @@ def answer_log_probs(model: nn.Module | Callable[..., Any], batch: TokenBatch) -
 
 
 class KnownAnswers:
-    """What a model said of answers before it was freed, found again by their tokens. It is a :data:`Reference`."""
+    """What a model said of answers, found again by their tokens. It is a :data:`Reference`."""
 
     def __init__(self) -> None:
         self._log_probs: dict[bytes, float] = {}
 
     def __len__(self) -> int:
         return len(self._log_probs)
+
+    def keep(self, batch: TokenBatch, said: Tensor) -> None:
+        """Remember ``said`` (B,) of the rows of a batch."""
+        self._log_probs.update(zip(_keys(batch), said.tolist(), strict=True))
 
     def learn(self, ask: Reference, data: Any, batch: BatchConfig, strategy: DeepSpeedStrategy) -> None:
         """Ask about every row of ``data``, each rank about its share, and keep the answers of all ranks."""

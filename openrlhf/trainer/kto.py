@@ -14,7 +14,7 @@ from openrlhf.datasets.batch import UnpairedBatch
 from openrlhf.datasets.sampler import StepSampler
 from openrlhf.ops.masking import masked_sum
 from openrlhf.ops.preference_loss import kto_loss
-from openrlhf.trainer.frozen import Reference, answer_log_probs
+from openrlhf.trainer.frozen import KnownAnswers, Reference, answer_log_probs
 from openrlhf.trainer.loop import StepOutput, Trainer
 from openrlhf.trainer.metrics import Mean, MetricSums
 
@@ -24,7 +24,12 @@ class KTOTrainer(Trainer):
 
     The drift is the mean log-ratio of policy and reference over mismatched rows, the prompt of one with the answer of
     the next, not below 0. It is taken over all rows of an optimizer step (in an evaluation over all of its rows)
-    before any loss, so it does not depend on how they are cut into micro-batches.
+    before any loss, so it does not depend on how they are cut into micro-batches. The reference is asked about rows
+    and mismatched rows at once, because they share their prompts.
+
+    Attributes:
+        drift: scalar, what was measured last.
+        known: what the reference says of the rows that it was measured with.
     """
 
     window_names: ClassVar = {"kto_loss": "loss_mean"}
@@ -48,7 +53,8 @@ class KTOTrainer(Trainer):
         self._reference, self._beta = reference, beta
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         self._answer_loss = partial(kto_loss, beta=beta, **weights)
-        self._kl = torch.zeros((), device=self.strategy.device)
+        self.drift = torch.zeros((), device=self.strategy.device)
+        self.known = KnownAnswers()
 
     def weight(self, batch: UnpairedBatch) -> Tensor:
         """Return the number of answers."""
@@ -69,31 +75,35 @@ class KTOTrainer(Trainer):
     def _measure_drift(
         self, data: Any, micros: Sequence[list[int]], partner: Mapping[int, int], leave: bool = False
     ) -> None:
-        """Set the drift to the mean over the mismatched rows of all ranks."""
-        sums = MetricSums()
+        """Set the drift to the mean over the mismatched rows of all ranks, and keep what the reference says."""
+        self.known, sums = KnownAnswers(), MetricSums()
         self.engine.eval()
         for micro in micros:
             if leave:
                 self.leave_if_asked()
-            batch = data.collate([data.mismatched(row, partner[row]) for row in micro]).to(self.strategy.device)
-            drift = answer_log_probs(self.engine, batch) - self._reference(batch)
+            rows, mismatched = [data[row] for row in micro], [data.mismatched(row, partner[row]) for row in micro]
+            both = data.collate(rows + mismatched).to(self.strategy.device)
+            said = self._reference(both)
+            self.known.keep(both, said)
+            batch = data.collate(mismatched).to(self.strategy.device)
+            drift = answer_log_probs(self.engine, batch) - said[len(rows) :]
             sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and bool(micro))
         self.engine.train()
         mean = sums.reduce(self.comm)["drift"].value
-        self._kl = torch.tensor(max(0.0, mean), device=self.strategy.device)
+        self.drift = torch.tensor(max(0.0, mean), device=self.strategy.device)
 
     def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
         """Return the loss over the answers, against the drift that was measured last."""
-        reference = self._reference(batch)
+        reference = self.known(batch)
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
         log_ratios = masked_sum(output.log_probs, batch.loss_mask, dim=1) - reference
-        loss, answers = self._answer_loss(log_ratios, batch.desirable, self._kl), self.weight(batch)
+        loss, answers = self._answer_loss(log_ratios, batch.desirable, self.drift), self.weight(batch)
         rewards = self._beta * log_ratios.detach()
         metrics = {
             "kto_loss": (loss, answers),
             "chosen_reward": (masked_sum(rewards, batch.desirable), batch.desirable.sum()),
             "reject_reward": (masked_sum(rewards, ~batch.desirable), (~batch.desirable).sum()),
-            "kl": (self._kl * answers, answers),
+            "kl": (self.drift * answers, answers),
         }
         return StepOutput(loss, output.aux_loss, metrics)
 

@@ -64,6 +64,27 @@ def test_packed_log_probs_and_gradients_equal_each_sequence_alone(arch, options)
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(("arch", "options"), EXACT, ids=NAMES)
+def test_a_prompt_computed_once_for_several_answers_gives_what_each_gives_alone(arch, options):
+    model = tiny_causal_lm(None, arch, **options)
+    twin = copy.deepcopy(model)
+    actor = Actor(model)
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randint(3, 320, (4, 30), generator=generator)
+    sequences[1, :16], sequences[2, :25], sequences[3, :28] = sequences[0, :16], sequences[0, :25], sequences[2, :28]
+    mask = torch.arange(30) < torch.tensor([30, 28, 30, 27])[:, None]
+    weights = torch.randn(4, 29, generator=generator)
+    output = actor(sequences, mask).log_probs
+    expected = naive_log_probs(twin, sequences, mask)
+    assert actor.merges and sum(actor.inputs(sequences, mask).rows.lengths) == 47
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("arch", ["bloom", "falcon", "mamba"])
 def test_an_architecture_that_cannot_be_packed_is_padded_and_exact(arch):
     model = tiny_causal_lm(None, arch)

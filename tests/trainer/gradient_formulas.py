@@ -64,7 +64,11 @@ def sft_rows() -> Rows:
 
 
 def pairs() -> Rows:
-    both = [torch.cat(parts) for parts in zip(sequences(2), sequences(3), strict=True)]
+    """Return pairs of answers to one prompt, which a model may compute once."""
+    chosen, rejected = sequences(2), sequences(3)
+    prompt = torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None] // 3 + 1
+    rejected[0][prompt] = chosen[0][prompt]
+    both = [torch.cat(parts) for parts in zip(chosen, rejected, strict=True)]
     return Rows(PreferenceBatch(*both, margin=torch.linspace(-0.5, 1.0, ROWS)))
 
 
@@ -80,8 +84,10 @@ class UnpairedRows(Rows):
         return torch.cat([tokens[prompt, : at[0]], tokens[answer, at[1] : LENGTHS[answer]]]), at[0]
 
     def collate(self, rows: list) -> UnpairedBatch:
-        if not (rows and isinstance(rows[0], tuple)):
+        if all(isinstance(row, int) for row in rows):
             return super().collate(rows)
+        tokens = self.batch.sequences
+        rows = [(tokens[row, : LENGTHS[row]], LENGTHS[row] // 3 + 1) if isinstance(row, int) else row for row in rows]
         width = max(len(tokens) for tokens, _ in rows)
         tokens = torch.stack([nn.functional.pad(tokens, (0, width - len(tokens))) for tokens, _ in rows])
         real = torch.arange(width) < torch.tensor([len(tokens) for tokens, _ in rows])[:, None]
