@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -134,9 +135,9 @@ class PPOLoop:
         """Do one rollout step."""
         began = time.perf_counter()
         with rewound_when_stopped(), signals.droppable():
-            rollouts = self._generate(prompts)
+            rollouts, greedy = self._generate(prompts)
             with self._clock("make_experience"):
-                experiences = self.maker.make(rollouts)
+                experiences = self.maker.make(rollouts, greedy)
         with self._clock("train"):
             learned = self.update(experiences)
         self.global_step += 1
@@ -185,8 +186,9 @@ class PPOLoop:
         if step > self.config.algorithm.freezing_actor_steps or not self.roles.critic:
             with self._naming("actor", experiences):
                 futures = self.roles.policy.run(
-                    PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
-                )
+                    PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten,
+                    kl_coef=experiences.kl_coef,
+                )  # fmt: skip
             pending.append(("actor", self.roles.policy, futures))
         metrics: dict[str, float] = {}
         for role, group, futures in pending:
@@ -249,7 +251,8 @@ class PPOLoop:
     def _fingerprint(self) -> str:
         return fingerprint(self.prompts)
 
-    def _generate(self, prompts: list[Prompt]) -> list[Rollout]:
+    def _generate(self, prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout] | None]:
+        """Return the samples, and one greedy answer a prompt where the estimator needs it."""
         rollout = self.config.rollout
         sampling = SamplingParams(
             max_new_tokens=rollout.generate_max_len,
@@ -260,10 +263,12 @@ class PPOLoop:
             step=self.global_step + 1,
         )
         with self._clock("generate"):
-            rollouts = self.engine.generate(prompts, sampling)
+            rollouts, greedy = self.engine.generate(prompts, sampling), None
+            if self.config.algorithm.estimator.needs_greedy:
+                greedy = self.engine.generate(prompts, replace(sampling, temperature=0.0, top_p=1.0, n=1))
             self.engine.sleep()
             self._engine_sleeps = True
-        return rollouts
+        return rollouts, greedy
 
     def _sync(self) -> None:
         """Bring the present weights to the engine, which then is awake."""

@@ -43,9 +43,23 @@ def learning_config(tmp_path, estimator: str, **rollout):
     return with_algorithm(config, advantage_estimator=estimator, lambd=0.95, init_kl_coef=0.001)
 
 
-@pytest.mark.parametrize(("estimator", "samples"), [("gae", 1), ("reinforce", 1), ("rloo", 2)])
-def test_the_reward_rises(tmp_path, estimator, samples):
-    loop, recorder = local_loop(learning_config(tmp_path, estimator, n_samples_per_prompt=samples), prompts=32)
+GRPO = {"use_kl_loss": True, "kl_estimator": "k3"}
+LEARNING = [
+    ("gae", 1, {}),
+    ("reinforce", 1, {}),
+    pytest.param("reinforce_baseline", 2, {}, marks=pytest.mark.full),
+    ("rloo", 2, {}),
+    pytest.param("group_norm", 2, GRPO, marks=pytest.mark.full),
+    ("dr_grpo", 2, {"policy_loss_type": "cispo"}),
+    ("group_norm", 2, {"policy_loss_type": "gspo", **GRPO}),
+    ("remax", 2, {"loss_reduction": "sequence", "entropy_loss_coef": 0.001}),
+]
+
+
+@pytest.mark.parametrize(("estimator", "samples", "flags"), LEARNING)
+def test_the_reward_rises(tmp_path, estimator, samples, flags):
+    config = with_algorithm(learning_config(tmp_path, estimator, n_samples_per_prompt=samples), **flags)
+    loop, recorder = local_loop(config, prompts=32)
     loop.fit()
     rewards = [step["reward"] for step in recorder.steps]
     assert len(rewards) == 15
@@ -54,7 +68,11 @@ def test_the_reward_rises(tmp_path, estimator, samples):
     wanted = {"policy_loss", "actor_lr", "kl", "reward", "return", "response_length", "total_length", "clip_fraction"}
     times = {f"time/{phase}" for phase in ("generate", "make_experience", "train", "sync", "step")}
     critic = {"critic_loss", "values", "critic_lr"} if estimator == "gae" else set()
-    assert wanted | times | critic <= set(recorder.steps[0])
+    groups = {"zero_variance_groups"} if samples > 1 else set()
+    parts = ({"kl_loss"} if "use_kl_loss" in flags else set()) | (
+        {"policy_entropy"} if "entropy_loss_coef" in flags else set()
+    )
+    assert wanted | times | critic | groups | parts <= set(recorder.steps[0])
 
 
 def test_a_learned_reward_is_the_sum_on_the_last_token_less_the_kl(tmp_path):
@@ -316,7 +334,7 @@ def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_names_the_prompts(tmp_path, role):
     loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"))
     worker = {"actor": loop.roles.policy, "critic": loop.roles.critic}[role].worker
-    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
     before = {name: weight.clone() for name, weight in worker.engine.named_weights()}
     column = made.shards[0].advantages if role == "actor" else made.shards[0].returns
     column[5] = float("inf")
@@ -332,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_n
 def test_a_step_that_may_be_left_out_is_counted_and_the_run_goes_on(tmp_path):
     config = with_batch(tiny_ppo_config(tmp_path), max_skipped_steps=1, train_batch_size=4, max_epochs=2)
     loop, _ = local_loop(config)
-    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
     before = policy_weights(loop)
     made.shards[0].advantages[5] = float("inf")
     metrics = loop.update(made)
