@@ -179,6 +179,11 @@ class AlgorithmConfig:
     )
     use_kl_estimator_k3: bool = flag(False, "Short for --kl_estimator k3.")
     use_kl_loss: bool = flag(False, "Add the KL to the loss of the actor instead of taking it from the reward.")
+    enable_vllm_is_correction: bool = flag(False, "Weigh samples by how likely the policy is to give them itself.")
+    vllm_is_correction_type: str = flag("tis", "How the weights are bounded.", choices=CORRECTIONS)
+    vllm_is_truncated_threshold: tuple[float, ...] = flag(
+        (0.5, 5.0), "Smallest and largest weight; one value is the largest.", at_least=0
+    )
     ptx_coef: float = flag(0.05, "Weight of the language-model loss on --pretrain_data.", at_least=0)
     enable_ema: bool = flag(False, "Keep an exponential moving average of the actor and save it instead.")
     ema_beta: float = flag(0.992, "Decay of the moving average.", above=0, at_most=1)
@@ -203,6 +208,12 @@ class AlgorithmConfig:
     def clip_range(self) -> tuple[float, float]:
         """How far the policy ratio may go below and above 1."""
         return self.eps_clip_low_high or (self.eps_clip, self.eps_clip)
+
+    @property
+    def correction_range(self) -> tuple[float, float]:
+        """The smallest and the largest weight of ``--enable_vllm_is_correction``."""
+        low, high = (0.0, *self.vllm_is_truncated_threshold)[-2:]
+        return low, high
 
     @property
     def discount(self) -> float:
@@ -232,6 +243,12 @@ class AlgorithmConfig:
             )
         if self.use_kl_estimator_k3 and self.kl_estimator == "k2":
             found.append("--kl_estimator k2 and --use_kl_estimator_k3 exclude each other: drop one")
+        given, (low, high) = self.vllm_is_truncated_threshold, self.correction_range
+        if len(given) > 2 or low >= high:
+            words = " ".join(f"{value:g}" for value in given)
+            found.append(
+                f"--vllm_is_truncated_threshold {words}: give the smallest and a larger largest weight, or the latter"
+            )
         return found
 
     def notices(self) -> list[str]:
@@ -272,27 +289,6 @@ class VLLMConfig:
     sync_tolerance: float | None = flag(
         None, "Largest mean gap of engine and trainer log-probs; default 1e-3 in fp32, 0.1 in bf16.", above=0
     )
-
-    enable_vllm_is_correction: bool = flag(False, "Weigh samples by how likely the policy is to give them itself.")
-    vllm_is_correction_type: str = flag("tis", "How the weights are bounded.", choices=CORRECTIONS)
-    vllm_is_truncated_threshold: tuple[float, ...] = flag(
-        (0.5, 5.0), "Smallest and largest weight; one value is the largest.", at_least=0
-    )
-
-    @property
-    def correction_range(self) -> tuple[float, float]:
-        """The smallest and the largest weight of ``--enable_vllm_is_correction``."""
-        low, high = (0.0, *self.vllm_is_truncated_threshold)[-2:]
-        return low, high
-
-    def problems(self) -> list[str]:
-        given, (low, high) = self.vllm_is_truncated_threshold, self.correction_range
-        if len(given) > 2 or low >= high:
-            words = " ".join(f"{value:g}" for value in given)
-            return [
-                f"--vllm_is_truncated_threshold {words}: give the smallest and a larger largest weight, or the latter"
-            ]
-        return []
 
     @property
     def engines(self) -> int:

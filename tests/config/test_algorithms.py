@@ -6,7 +6,7 @@ import pytest
 
 from openrlhf.config.algorithms import ESTIMATORS, POLICY_LOSSES
 from openrlhf.config.flags import flag_table
-from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, VLLMConfig
+from openrlhf.config.ppo import AlgorithmConfig, PPOConfig
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -51,4 +51,4 @@ def test_a_loss_of_sequences_is_a_mean_over_sequences_and_the_others_are_as_the_
 
 @pytest.mark.parametrize(("given", "used"), [((0.5, 5.0), (0.5, 5.0)), ((2.0,), (0.0, 2.0))])
 def test_one_threshold_of_the_correction_is_a_cap(given, used):
-    assert VLLMConfig(vllm_is_truncated_threshold=given).correction_range == used
+    assert AlgorithmConfig(vllm_is_truncated_threshold=given).correction_range == used

@@ -23,7 +23,6 @@ from openrlhf.config.ppo import (
     PPOOptimConfig,
     RewardConfig,
     RolloutConfig,
-    VLLMConfig,
 )
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import switch_attention
@@ -140,12 +139,11 @@ def rm_step(folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: Batch
     return engine
 
 
-def ppo_config(folder: str, stage: int, batch: BatchConfig, vllm: dict, **algorithm: Any) -> PPOConfig:
+def ppo_config(folder: str, stage: int, batch: BatchConfig, **algorithm: Any) -> PPOConfig:
     return PPOConfig(
         model=PPOModelConfig(pretrain=f"{folder}/policy", critic_pretrain=f"{folder}/reward"),
         reward=RewardConfig(remote_rm_url="unused.py"),
         algorithm=AlgorithmConfig(advantage_estimator="gae", **algorithm),
-        vllm=VLLMConfig(**vllm),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=PPOOptimConfig(adam_betas=BETAS, max_norm=0.0, lr_warmup_ratio=0.0),
         deepspeed=DeepSpeedConfig(zero_stage=stage),
@@ -157,14 +155,13 @@ def ppo_step(
     worker_class: type,
     common: dict,
     algorithm: dict,
-    vllm: dict,
     folder: str,
     strategy: DeepSpeedStrategy,
     packed: bool,
     batch: BatchConfig,
 ) -> TrainEngine:
-    """Take one step of a worker of PPO; ``common`` goes to its update, ``algorithm`` and ``vllm`` to the flags."""
-    config = ppo_config(folder, strategy.config.zero_stage, batch, vllm, **algorithm)
+    """Take one step of a worker of PPO; ``common`` goes to its update, ``algorithm`` to the flags."""
+    config = ppo_config(folder, strategy.config.zero_stage, batch, **algorithm)
     worker = worker_class(config, strategy, max_steps=1)
     ready(worker.engine, packed)
     mine = deal(range(ROWS), strategy.world_size)[strategy.rank]
@@ -172,9 +169,9 @@ def ppo_step(
     return worker.engine
 
 
-def policy_step(kl_coef: float = 0.0, vllm: dict | None = None, **algorithm: Any) -> Callable:
+def policy_step(kl_coef: float = 0.0, **algorithm: Any) -> Callable:
     """Return the step of a policy loss."""
-    return partial(ppo_step, PolicyWorker, {"whiten": WHITEN, "kl_coef": kl_coef}, algorithm, vllm or {})
+    return partial(ppo_step, PolicyWorker, {"whiten": WHITEN, "kl_coef": kl_coef}, algorithm)
 
 
 def correction(kind: str) -> dict[str, Any]:
@@ -205,14 +202,14 @@ LOSSES = {
     "dual": (
         dual_formula,
         policy_step(
-            vllm=correction("icepop"), eps_clip_low_high=(0.1, 0.3), dual_clip=1.05, entropy_loss_coef=ENTROPY_COEF
+            **correction("icepop"), eps_clip_low_high=(0.1, 0.3), dual_clip=1.05, entropy_loss_coef=ENTROPY_COEF
         ),
     ),
     "gspo": (
         gspo_formula,
         policy_step(
             KL_COEF,
-            correction("tis"),
+            **correction("tis"),
             policy_loss_type="gspo",
             eps_clip_low_high=(0.05, 0.1),
             kl_estimator="k3",
@@ -222,10 +219,10 @@ LOSSES = {
     "cispo": (
         cispo_formula,
         policy_step(
-            KL_COEF, correction("tis"), policy_loss_type="cispo", loss_reduction="sequence", kl_estimator="k2"
+            KL_COEF, **correction("tis"), policy_loss_type="cispo", loss_reduction="sequence", kl_estimator="k2"
         ),
     ),
-    "value": (value_formula, partial(ppo_step, CriticWorker, {}, {}, {})),
+    "value": (value_formula, partial(ppo_step, CriticWorker, {}, {})),
 }
 
 

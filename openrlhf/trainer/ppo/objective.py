@@ -18,7 +18,7 @@ class PolicyObjective:
     """The loss of the policy as the flags put it together; all its parts are reduced alike."""
 
     def __init__(self, config: PPOConfig):
-        self._algorithm, self._vllm = config.algorithm, config.vllm
+        self._algorithm = config.algorithm
         self._surrogate = self._algorithm.policy_loss.load()
         self._clip = Clip(*self._algorithm.clip_range, self._algorithm.dual_clip)
         self.reduction = self._algorithm.policy_reduction
@@ -64,10 +64,10 @@ class PolicyObjective:
 
         A loss with one ratio a sequence takes it against the engine at once, so it needs no weights.
         """
-        if not self._vllm.enable_vllm_is_correction:
+        if not self._algorithm.enable_vllm_is_correction:
             return batch.log_probs, None, {}
-        low, high = self._vllm.correction_range
-        kind = self._vllm.vllm_is_correction_type
+        low, high = self._algorithm.correction_range
+        kind = self._algorithm.vllm_is_correction_type
         found = rollout_correction(
             batch.log_probs, batch.rollout_log_probs, batch.action_mask, kind=kind, low=low, high=high
         )
