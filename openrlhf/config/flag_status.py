@@ -168,6 +168,7 @@ NO_EFFECT_HERE = {
         "--policy_loss_type cispo clips no gradient", lambda v, gpu: not POLICY_LOSSES[v["policy_loss_type"]].dual_clip
     ),
     "eps_clip": NoEffect("--eps_clip_low_high takes its place", _set("eps_clip_low_high")),
+    "dynamic_filtering_reward_range": NoEffect("it needs --dynamic_filtering", _unset("dynamic_filtering")),
     "kl_horizon": NoEffect("it needs --kl_target", _unset("kl_target")),
     "kl_estimator": NoEffect("--use_kl_estimator_k3 takes its place", _set("use_kl_estimator_k3")),
     "overlong_penalty_factor": NoEffect("it needs --overlong_buffer_len", _unset("overlong_buffer_len")),

@@ -90,6 +90,22 @@ class RolloutConfig:
     max_len: int | None = flag(None, "Most tokens of prompt and answer; default is the sum of the two.", at_least=2)
     temperature: float = flag(1.0, "Sampling temperature.", above=0)
     top_p: float = flag(1.0, "Nucleus sampling: mass of the tokens sampled from.", above=0, at_most=1)
+    dynamic_filtering: bool = flag(False, "Replace prompts whose answers are all right or all wrong by fresh ones.")
+    dynamic_filtering_reward_range: tuple[float, float] = flag(
+        (0.0, 1.0), "Between which the mean score of the answers to a prompt must lie."
+    )
+
+    def problems(self) -> list[str]:
+        low, high = self.dynamic_filtering_reward_range
+        found = []
+        if low >= high:
+            found.append(f"--dynamic_filtering_reward_range {low:g} {high:g}: the first must be below the second")
+        if self.dynamic_filtering and self.n_samples_per_prompt < 2:
+            found.append(
+                "--dynamic_filtering compares answers to one prompt: --n_samples_per_prompt must be above 1, it is "
+                f"{self.n_samples_per_prompt}"
+            )
+        return found
 
     @property
     def samples(self) -> int:
@@ -399,6 +415,9 @@ class PPOConfig:
             )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        if self.rollout.dynamic_filtering and estimator.estimator.needs_greedy:
+            name = estimator.advantage_estimator
+            found.append(f"--dynamic_filtering and --advantage_estimator {name} exclude each other: drop one")
         longest, buffer = self.rollout.generate_max_len, self.reward.overlong_buffer_len
         if buffer is not None and buffer > longest:
             found.append(f"--overlong_buffer_len {buffer:g} is more than --generate_max_len {longest}: lower it")

@@ -72,6 +72,38 @@ class Experiences:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rated:
+    """Rollouts with what the reward sources gave.
+
+    Attributes:
+        rollouts: the samples of one prompt next to each other.
+        scores: ``(N,)`` the sum of all sources.
+        extra: further numbers of a reward function by name, one a rollout.
+    """
+
+    rollouts: list[Rollout]
+    scores: Tensor
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[float]:
+        """What a filter goes by: the ``scores`` that a function gives beside its rewards, else the rewards."""
+        return self.extra.get("scores") or self.scores.tolist()
+
+    def select(self, rows: Sequence[int]) -> Rated:
+        """Return the given rows."""
+        extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
+        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra)
+
+    @classmethod
+    def join(cls, parts: Sequence[Rated]) -> Rated:
+        """Return the rows of all parts; of the further numbers those that all have."""
+        names = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
+        extra = {name: [value for part in parts for value in part.extra[name]] for name in names}
+        return cls([r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts]), extra)
+
+
 def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLController:
     """Return the controller of the KL coefficient that the flags ask for."""
     algorithm = config.algorithm
@@ -141,12 +173,15 @@ class ExperienceMaker:
         self.kl_controller = build_kl_controller(config)
         self._baseline = config.algorithm.estimator.load_baseline()
 
-    def make(self, rollouts: list[Rollout], greedy: list[Rollout] | None = None) -> Experiences:
+    def make(
+        self, rollouts: list[Rollout], greedy: list[Rollout] | None = None, rated: Rated | None = None
+    ) -> Experiences:
         """Return the experiences of ``rollouts``, samples of one prompt next to each other.
 
         Args:
             rollouts: the samples.
             greedy: one greedy answer to each prompt, for an estimator that needs them.
+            rated: what :meth:`rate` said of the samples, if they were rated already.
 
         Raises:
             InfraError: the engine and the policy disagree about the log-probs of the samples.
@@ -158,10 +193,8 @@ class ExperienceMaker:
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
         reference = self._ask_reference(shards) if self.config.algorithm.needs_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
-        from_models = self._ask_models(shards)
-        from_function = self._ask(self.reward_function, rollouts)
-        true = self._ask(self.true_score, rollouts)
-        scores = self._add_up(rollouts, from_models, from_function)
+        rated = rated or self._rate(rollouts, shards)
+        true, scores = self._ask(self.true_score, rollouts), rated.scores
         clipped = shape_scores(self.config, scores, rollouts)
         shaped = self._above_baseline(clipped, greedy)
         algorithm, kl_coef = self.config.algorithm, self.kl_controller.value
@@ -182,18 +215,22 @@ class ExperienceMaker:
             true_scores=true.rewards if true else None,
         )
         of_scores = self._of_scores(scores, clipped, shaped, statistics)
-        return replace(made, metrics=_of_functions(from_function, true) | self._metrics(made, statistics) | of_scores)
+        return replace(made, metrics=_of_functions(rated, true) | self._metrics(made, statistics) | of_scores)
 
     def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
         """Return the reward of every rollout, and its score by ``--eval_reward_func`` where there is one."""
-        scores = self._scores(rollouts)
+        scores = self.rate(rollouts).scores
         true = self._ask(self.true_score, rollouts)
         return scores.tolist(), true.rewards if true else None
 
-    def _scores(self, rollouts: list[Rollout]) -> Tensor:
-        """Return what the reward sources give ``(N,)``."""
-        models = self._ask_models(shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id))
-        return self._add_up(rollouts, models, self._ask(self.reward_function, rollouts))
+    def rate(self, rollouts: list[Rollout]) -> Rated:
+        """Return what the reward sources say of ``rollouts``."""
+        return self._rate(rollouts, shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id))
+
+    def _rate(self, rollouts: list[Rollout], shards: list[SequenceBatch]) -> Rated:
+        models = self._ask_models(shards)
+        function = self._ask(self.reward_function, rollouts)
+        return Rated(rollouts, self._add_up(rollouts, models, function), function.extra if function else {})
 
     def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
         """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
@@ -243,7 +280,7 @@ class ExperienceMaker:
         samples = self.config.rollout.n_samples_per_prompt
         if greedy is None:
             return self._baseline(clipped, samples)
-        return self._baseline(clipped, samples, shape_scores(self.config, self._scores(greedy), greedy))
+        return self._baseline(clipped, samples, shape_scores(self.config, self.rate(greedy).scores, greedy))
 
     def _whiten(self, statistics: dict[str, float]) -> tuple[float, float] | None:
         """Return what the advantages are shifted by and multiplied with, or None."""
@@ -293,11 +330,10 @@ class ExperienceMaker:
         return found
 
 
-def _of_functions(function: RewardResult | None, true: RewardResult | None) -> dict[str, float]:
+def _of_functions(rated: Rated, true: RewardResult | None) -> dict[str, float]:
     """Return the means of what a reward function gives beside its rewards, and of the true score."""
-    extra = function.extra if function else {}
     true_score = {"true_score": true.rewards} if true else {}
-    return {name: sum(values) / len(values) for name, values in {**extra, **true_score}.items()}
+    return {name: sum(values) / len(values) for name, values in {**rated.extra, **true_score}.items()}
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:
