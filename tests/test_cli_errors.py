@@ -132,6 +132,17 @@ WRONG = [
     ("train_ppo_ray", "--colocate_all_models --vllm_num_engines 2", "--vllm_num_engines is 2, actor_num_nodes *"),
     ("train_ppo_ray", "--advantage_estimator grpo", "must be one of gae, reinforce, reinforce_baseline, rloo"),
     ("train_ppo_ray", "--advantage_estimator group_norm", "group_norm compares answers to one prompt"),
+    ("train_ppo_ray", "--dynamic_filtering", "--dynamic_filtering compares answers to one prompt: --n_samples_per_pr"),
+    (
+        "train_ppo_ray",
+        "--dynamic_filtering_reward_range 1 0",
+        "--dynamic_filtering_reward_range 1 0: the first",
+    ),
+    (
+        "train_ppo_ray",
+        "--n_samples_per_prompt 2 --dynamic_filtering --advantage_estimator remax",
+        "--dynamic_filtering and --advantage_estimator remax exclude each other",
+    ),
     ("train_ppo_ray", "--policy_loss_type vapo", "--policy_loss_type must be one of ppo, gspo, cispo, got 'vapo'"),
     ("train_ppo_ray", "--dual_clip 1", "--dual_clip must be above 1, got 1"),
     ("train_ppo_ray", "--eps_clip_low_high 0.2", "--eps_clip_low_high takes 2 values, got 1: 0.2"),

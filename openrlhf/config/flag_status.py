@@ -155,7 +155,7 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
     **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
-    **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
+    **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt", "best_metric_key"), _EVAL),
     "gamma": NoEffect("the advantage estimator compares whole answers, so nothing is discounted", _of_whole_answers),
     "no_advantage_std_norm": NoEffect(
         "the advantage estimator does not whiten", lambda v, gpu: not ESTIMATORS[v["advantage_estimator"]].whiten

@@ -32,6 +32,7 @@ from openrlhf.config.groups import (
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 REDUCTIONS = ("token", "sequence")
+NO_BEST = "none"
 CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
 
 
@@ -345,6 +346,9 @@ class EvalConfig:
     eval_split: str = flag("test", "Split of the evaluation prompts.")
     eval_temperature: tuple[float, ...] = flag((1.0,), "Temperatures to evaluate at; 0 is greedy.", at_least=0)
     eval_n_samples_per_prompt: int = flag(1, "Answers for each evaluation prompt.", at_least=1)
+    best_metric_key: str = flag(
+        "", "Figure of the evaluation whose best checkpoint is kept, as eval_default_pass1; 'none' for no such."
+    )
     eval_reward_func: str | None = flag(None, "A .py file that scores rollouts and evaluation for the log only.")
 
     def problems(self) -> list[str]:

@@ -189,6 +189,8 @@ NO_USE = [
     ("train_ppo_ray", "--policy_loss_type cispo --dual_clip 3"),
     ("train_ppo_ray", "--eps_clip_low_high 0.2 0.3 --eps_clip 0.1"),
     ("train_ppo_ray", "--kl_horizon 500"),
+    ("train_ppo_ray", "--dynamic_filtering_reward_range 0 2"),
+    ("train_ppo_ray", "--best_metric_key eval_default_pass1"),
     ("train_ppo_ray", "--use_kl_estimator_k3 --kl_estimator k1"),
     ("train_ppo_ray", "--overlong_penalty_factor 2"),
     ("train_ppo_ray", "--vllm_is_correction_type icepop"),

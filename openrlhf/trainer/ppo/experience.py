@@ -217,11 +217,11 @@ class ExperienceMaker:
         of_scores = self._of_scores(scores, clipped, shaped, statistics)
         return replace(made, metrics=_of_functions(rated, true) | self._metrics(made, statistics) | of_scores)
 
-    def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
-        """Return the reward of every rollout, and its score by ``--eval_reward_func`` where there is one."""
-        scores = self.rate(rollouts).scores
+    def score(self, rollouts: list[Rollout]) -> tuple[Rated, list[float] | None]:
+        """Return the rewards of ``rollouts``, and their scores by ``--eval_reward_func`` where there is one."""
+        rated = self.rate(rollouts)
         true = self._ask(self.true_score, rollouts)
-        return scores.tolist(), true.rewards if true else None
+        return rated, true.rewards if true else None
 
     def rate(self, rollouts: list[Rollout]) -> Rated:
         """Return what the reward sources say of ``rollouts``."""

@@ -128,7 +128,12 @@ class PPOLoop:
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """The figure of an evaluation that says which step was best, the true score if there is one; higher wins."""
+        """The figure of an evaluation that says which step was best, and that higher wins.
+
+        By default it is the true score if there is one, else the reward, over the prompts of all sources.
+        """
+        if self.config.evaluation.best_metric_key:
+            return self.config.evaluation.best_metric_key, True
         figure = "true_score" if self.config.evaluation.eval_reward_func else "reward"
         return f"{figure}_t{self.config.evaluation.eval_temperature[0]:g}", True
 

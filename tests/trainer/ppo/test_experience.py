@@ -75,8 +75,10 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
     rollouts = generated(loop)
     worker = loop.roles.rewards[0].worker
     single = worker.score(shard(rollouts, 1, 0))[0].tolist()
-    scores, true_scores = loop.maker.score(rollouts)
-    assert scores == pytest.approx([2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5)
+    rated, true_scores = loop.maker.score(rollouts)
+    assert rated.scores.tolist() == pytest.approx(
+        [2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5
+    )
     assert true_scores is None
 
 
@@ -88,7 +90,7 @@ def test_the_reward_function_sees_query_prompt_and_label(tmp_path):
     )
     config = replace(tiny_ppo_config(tmp_path), reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
     loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
-    assert loop.maker.score(generated(loop, count=3))[0] == [0, 0, 1, 1, 2, 2]
+    assert loop.maker.score(generated(loop, count=3))[0].scores.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path):
@@ -270,7 +272,7 @@ def test_remax_subtracts_the_reward_of_the_greedy_answer_to_the_same_prompt(tmp_
     again = loop.engine.generate(list(loop.prompts[:3]), SamplingParams(6, temperature=0.0, seed=7))
     assert [rollout.token_ids for rollout in greedy] == [rollout.token_ids for rollout in again]
     made = loop.maker.make(rollouts, greedy)
-    baseline = loop.maker.score(greedy)[0]
+    baseline = loop.maker.score(greedy)[0].scores.tolist()
     (experience,) = made.shards
     for row, keep in enumerate(experience.action_mask):
         assert float(experience.returns[row][keep][-1]) == pytest.approx(made.scores[row] - baseline[row // 2])
