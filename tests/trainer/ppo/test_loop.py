@@ -68,7 +68,7 @@ def test_the_reward_rises(tmp_path, estimator, samples, flags):
     wanted = {"policy_loss", "actor_lr", "kl", "reward", "return", "response_length", "total_length", "clip_fraction"}
     times = {f"time/{phase}" for phase in ("generate", "make_experience", "train", "sync", "step")}
     critic = {"critic_loss", "values", "critic_lr"} if estimator == "gae" else set()
-    groups = {"zero_variance_groups"} if samples > 1 else set()
+    groups = {"zero_variance_groups"} if loop.config.algorithm.estimator.needs_group else set()
     parts = {"kl_loss"} if "use_kl_loss" in flags else set()
     parts |= {"policy_entropy"} if "entropy_loss_coef" in flags else set()
     assert wanted | times | critic | groups | parts <= set(recorder.steps[0])
