@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from openrlhf.config.ppo import CORRECTIONS as OFFERED
+from openrlhf.config.ppo_algorithm import CORRECTIONS as OFFERED
 from openrlhf.ops.rollout_correction import CORRECTIONS, rollout_correction
 
 LOW, HIGH = 0.5, 5.0

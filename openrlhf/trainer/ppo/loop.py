@@ -164,13 +164,13 @@ class PPOLoop:
             if batch.rollouts:
                 with self._clock("make_experience"):
                     experiences = self.maker.make(batch.rollouts, batch.greedy, batch.rated)
-        self._move(batch.drawn)
         if not batch.rollouts:
             self._pass_over(batch.drawn)
             return
         with self._clock("train"):
             learned = self.update(experiences)
         self.global_step += 1
+        self._move(batch.drawn)
         self._sync()
         self._keep_samples(experiences)
         metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
@@ -312,7 +312,8 @@ class PPOLoop:
     def _pass_over(self, drawn: int) -> None:
         """Go on without a step after ``drawn`` prompts, the last of an episode, whose groups were all left out."""
         low, high = self.config.rollout.dynamic_filtering_reward_range
-        OURS.warning("no group of the last %d prompts of episode %d passed the filter", drawn, self.stream.episode)
+        OURS.warning("no group of the last %d prompts of episode %d passed the filter", drawn, self.stream.episode + 1)
+        self._move(drawn)
         self._sync()
         if self.stream.left:
             return
