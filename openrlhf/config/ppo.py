@@ -293,7 +293,10 @@ class PPOConfig:
         return self.model.critic_pretrain or first or self.model.pretrain
 
     def optimizer_steps(self, prompts: int) -> int:
-        """Return the optimizer steps of a run over ``prompts``: the length of the learning-rate schedule."""
+        """Return the optimizer steps of a run over ``prompts``: the length of the learning-rate schedule.
+
+        A run with dynamic filtering has fewer.
+        """
         rollout, batch = self.rollout, self.batch
         full, rest = divmod(prompts, rollout.rollout_batch_size)
         sizes = [rollout.rollout_batch_size] * full + [rest] * bool(rest)

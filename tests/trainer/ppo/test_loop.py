@@ -140,10 +140,10 @@ def test_the_true_score_is_never_trained_on(tmp_path):
         assert torch.equal(weight, policy_weights(watched)[name])
 
 
-@pytest.mark.parametrize("estimator", ["gae", "reinforce"])
-def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator):
-    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2)
-    config = with_algorithm(config, advantage_estimator=estimator, kl_target=0.05)
+@pytest.mark.parametrize(("estimator", "flags"), [("gae", {}), ("reinforce", {}), ("group_norm", GRPO)])
+def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator, flags):
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2, n_samples_per_prompt=2)
+    config = with_algorithm(config, advantage_estimator=estimator, kl_target=0.05, **flags)
     whole, recorder = local_loop(config)
     whole.fit()
 
