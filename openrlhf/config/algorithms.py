@@ -1,4 +1,4 @@
-"""The lists of advantage estimators and of pair losses: name, function, facts. Imports no torch."""
+"""The lists of advantage estimators, policy losses and pair losses: name, function, facts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,26 +15,71 @@ class Estimator:
         baseline: ``module:function`` in ``openrlhf.ops``, applied to the scores ``(P * n,)`` of consecutive groups.
         needs_critic: advantages come from a trained critic (GAE); otherwise from discounted returns.
         needs_group: compares the samples of one prompt, so ``--n_samples_per_prompt`` must be above 1.
+        needs_greedy: the baseline also takes the scores ``(P,)`` of one greedy answer to each prompt.
         whiten: advantages are normalised over all action tokens of the rollout batch and all ranks.
     """
 
     baseline: str
-    needs_critic: bool
-    needs_group: bool
-    whiten: bool
+    needs_critic: bool = False
+    needs_group: bool = False
+    needs_greedy: bool = False
+    whiten: bool = False
+
+    @property
+    def of_whole_answers(self) -> bool:
+        """Whether whole answers are compared, so that there is no discount."""
+        return self.needs_group or self.needs_greedy
 
     def load_baseline(self) -> Any:
-        """Return the baseline function ``(scores, n) -> scores``."""
+        """Return the baseline function ``(scores, n) -> scores``, with the greedy scores as a third argument."""
         return _load(self.baseline)
 
 
+_ADVANTAGES = "openrlhf.ops.advantages"
 ESTIMATORS = {
-    # Schulman et al. 2015, https://arxiv.org/abs/1506.02438
-    "gae": Estimator("openrlhf.ops.advantages:none", needs_critic=True, needs_group=False, whiten=True),
+    # PPO, Schulman et al. 2015, https://arxiv.org/abs/1506.02438
+    "gae": Estimator(f"{_ADVANTAGES}:none", needs_critic=True, whiten=True),
     # REINFORCE++, Hu 2025, https://arxiv.org/abs/2501.03262
-    "reinforce": Estimator("openrlhf.ops.advantages:none", needs_critic=False, needs_group=False, whiten=True),
+    "reinforce": Estimator(f"{_ADVANTAGES}:none", whiten=True),
+    "reinforce_baseline": Estimator(f"{_ADVANTAGES}:group_mean", needs_group=True, whiten=True),
     # Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740
-    "rloo": Estimator("openrlhf.ops.advantages:rloo", needs_critic=False, needs_group=True, whiten=True),
+    "rloo": Estimator(f"{_ADVANTAGES}:rloo", needs_group=True, whiten=True),
+    # GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300
+    "group_norm": Estimator(f"{_ADVANTAGES}:group_norm", needs_group=True),
+    # Liu et al. 2025, https://arxiv.org/abs/2503.20783
+    "dr_grpo": Estimator(f"{_ADVANTAGES}:group_mean", needs_group=True),
+    # Li et al. 2023, https://arxiv.org/abs/2310.10505
+    "remax": Estimator(f"{_ADVANTAGES}:remax", needs_greedy=True),
+}
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss of the policy in PPO.
+
+    Attributes:
+        function: ``module:function`` in ``openrlhf.ops``, ``(log_probs, old_log_probs, advantages, mask, clip)``.
+        of_sequences: one ratio a sequence, so the loss is a mean over sequences, and with a correction of the rollout
+            the ratio is taken against the engine.
+        dual_clip: whether ``--dual_clip`` counts.
+    """
+
+    function: str
+    of_sequences: bool = False
+    dual_clip: bool = True
+
+    def load(self) -> Any:
+        """Return the loss function."""
+        return _load(self.function)
+
+
+POLICY_LOSSES = {
+    # Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+    "ppo": PolicyLoss("openrlhf.ops.policy_loss:ppo"),
+    # Zheng et al. 2025, https://arxiv.org/abs/2507.18071
+    "gspo": PolicyLoss("openrlhf.ops.policy_loss:gspo", of_sequences=True),
+    # MiniMax 2025, https://arxiv.org/abs/2506.13585
+    "cispo": PolicyLoss("openrlhf.ops.policy_loss:cispo", dual_clip=False),
 }
 
 

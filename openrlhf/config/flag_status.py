@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from openrlhf.config.algorithms import ESTIMATORS, PAIR_LOSSES
+from openrlhf.config.algorithms import ESTIMATORS, PAIR_LOSSES, POLICY_LOSSES
 from openrlhf.device import gpu_present
 
 
@@ -63,6 +63,10 @@ def _set(name: str) -> Callable[[dict[str, Any], bool], bool]:
 
 def _without_critic(values: dict[str, Any], gpu: bool) -> bool:
     return not ESTIMATORS[values["advantage_estimator"]].needs_critic
+
+
+def _of_whole_answers(values: dict[str, Any], gpu: bool) -> bool:
+    return ESTIMATORS[values["advantage_estimator"]].of_whole_answers
 
 
 def _without_lora(values: dict[str, Any], gpu: bool) -> bool:
@@ -164,7 +168,27 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
     **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
-    **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
+    **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt", "best_metric_key"), _EVAL),
+    "gamma": NoEffect("the advantage estimator compares whole answers, so nothing is discounted", _of_whole_answers),
+    "no_advantage_std_norm": NoEffect(
+        "the advantage estimator does not whiten", lambda v, gpu: not ESTIMATORS[v["advantage_estimator"]].whiten
+    ),
+    "loss_reduction": NoEffect(
+        "the loss of the actor is one of sequences, and there is no critic",
+        lambda v, gpu: POLICY_LOSSES[v["policy_loss_type"]].of_sequences and _without_critic(v, gpu),
+    ),
+    "dual_clip": NoEffect(
+        "--policy_loss_type cispo clips no gradient", lambda v, gpu: not POLICY_LOSSES[v["policy_loss_type"]].dual_clip
+    ),
+    "eps_clip": NoEffect("--eps_clip_low_high takes its place", _set("eps_clip_low_high")),
+    "dynamic_filtering_reward_range": NoEffect("it needs --dynamic_filtering", _unset("dynamic_filtering")),
+    "kl_horizon": NoEffect("it needs --kl_target", _unset("kl_target")),
+    "kl_estimator": NoEffect("--use_kl_estimator_k3 takes its place", _set("use_kl_estimator_k3")),
+    "overlong_penalty_factor": NoEffect("it needs --overlong_buffer_len", _unset("overlong_buffer_len")),
+    **dict.fromkeys(
+        ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
+        NoEffect("it needs --enable_vllm_is_correction", _unset("enable_vllm_is_correction")),
+    ),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(

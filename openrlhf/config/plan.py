@@ -90,9 +90,10 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
 def _ppo_total(config: PPOConfig, rows: int) -> str:
     rollout = config.rollout
     steps = ceil(rows / rollout.rollout_batch_size) * rollout.num_episodes
+    most = "at most " * rollout.dynamic_filtering
     return (
-        f"{rows:,} prompts x {_count(rollout.num_episodes, 'episode')}: {_count(steps, 'rollout step')}, "
-        f"{_count(config.optimizer_steps(rows), 'optimizer step')}"
+        f"{rows:,} prompts x {_count(rollout.num_episodes, 'episode')}: {most}{_count(steps, 'rollout step')}, "
+        f"{most}{_count(config.optimizer_steps(rows), 'optimizer step')}"
     )
 
 

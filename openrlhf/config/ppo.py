@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
 
-from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.checks import (
     file_problems,
     source_problems,
@@ -29,6 +28,9 @@ from openrlhf.config.groups import (
     OptimConfig,
     common_problems,
 )
+from openrlhf.config.ppo_algorithm import AlgorithmConfig
+
+NO_BEST = "none"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,22 @@ class RolloutConfig:
     max_len: int | None = flag(None, "Most tokens of prompt and answer; default is the sum of the two.", at_least=2)
     temperature: float = flag(1.0, "Sampling temperature.", above=0)
     top_p: float = flag(1.0, "Nucleus sampling: mass of the tokens sampled from.", above=0, at_most=1)
+    dynamic_filtering: bool = flag(False, "Replace prompts whose answers are all right or all wrong by fresh ones.")
+    dynamic_filtering_reward_range: tuple[float, float] = flag(
+        (0.0, 1.0), "Between which the mean score of the answers to a prompt must lie."
+    )
+
+    def problems(self) -> list[str]:
+        low, high = self.dynamic_filtering_reward_range
+        found = []
+        if low >= high:
+            found.append(f"--dynamic_filtering_reward_range {low:g} {high:g}: the first must be below the second")
+        if self.dynamic_filtering and self.n_samples_per_prompt < 2:
+            found.append(
+                "--dynamic_filtering compares answers to one prompt: --n_samples_per_prompt must be above 1, it is "
+                f"{self.n_samples_per_prompt}"
+            )
+        return found
 
     @property
     def samples(self) -> int:
@@ -114,6 +132,18 @@ class RewardConfig:
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Lowest and highest reward of a sample.")
     label_key: str | None = flag(None, "Column of the reference answer that reward functions get.")
     ref_reward_offload: bool = flag(False, "Keep reference and reward models in main memory between uses.")
+    overlong_buffer_len: float | None = flag(
+        None, "Tokens before --generate_max_len in which a penalty for length grows.", above=0
+    )
+    overlong_penalty_factor: float = flag(1.0, "The penalty for length at --generate_max_len.", at_least=0)
+    stop_properly_penalty_coef: float | None = flag(
+        None, "Score of an answer that was cut off: times this from 0 to 1, replaced by it below 0.", at_most=1
+    )
+
+    @property
+    def has_length_penalty(self) -> bool:
+        """Whether the length of an answer changes its score."""
+        return self.overlong_buffer_len is not None or self.stop_properly_penalty_coef is not None
 
     @property
     def reward_file(self) -> str | None:
@@ -134,42 +164,6 @@ class RewardConfig:
                 f"--remote_rm_url {self.remote_rm_url} is neither a .py file nor a URL: write http://HOST:PORT"
             )
         return found
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """Algorithm."""
-
-    advantage_estimator: str = flag("gae", "How advantages are estimated.", choices=ESTIMATORS)
-    gamma: float = flag(1.0, "Discount.", at_least=0, at_most=1)
-    lambd: float = flag(1.0, "Lambda of GAE.", at_least=0, at_most=1)
-    eps_clip: float = flag(0.2, "Clip range of the policy ratio.", above=0)
-    value_clip: float = flag(0.2, "Clip range of the value update.", above=0)
-    init_kl_coef: float = flag(0.01, "Weight of the KL penalty; with --kl_target where it starts.", at_least=0)
-    kl_target: float | None = flag(None, "Adapt the KL weight towards this KL.", above=0)
-    use_kl_estimator_k3: bool = flag(False, "Estimate the KL with k3, which is never negative.")
-    ptx_coef: float = flag(0.05, "Weight of the language-model loss on --pretrain_data.", at_least=0)
-    enable_ema: bool = flag(False, "Keep an exponential moving average of the actor and save it instead.")
-    ema_beta: float = flag(0.992, "Decay of the moving average.", above=0, at_most=1)
-    freezing_actor_steps: int = flag(-1, "Train only the critic for this many steps.", at_least=-1)
-
-    @property
-    def estimator(self) -> Estimator:
-        """The facts of the advantage estimator."""
-        return ESTIMATORS[self.advantage_estimator]
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the policy is compared with a reference at all."""
-        return self.init_kl_coef > 0 or self.kl_target is not None
-
-    def problems(self) -> list[str]:
-        if self.kl_target is None or self.init_kl_coef > 0:
-            return []
-        return [
-            f"--kl_target {self.kl_target:g} scales --init_kl_coef, which is 0 and would stay so: "
-            "give --init_kl_coef a positive start, or leave --kl_target out"
-        ]
 
 
 @dataclass(frozen=True)
@@ -244,6 +238,9 @@ class EvalConfig:
     eval_split: str = flag("test", "Split of the evaluation prompts.")
     eval_temperature: tuple[float, ...] = flag((1.0,), "Temperatures to evaluate at; 0 is greedy.", at_least=0)
     eval_n_samples_per_prompt: int = flag(1, "Answers for each evaluation prompt.", at_least=1)
+    best_metric_key: str = flag(
+        "", "Figure of the evaluation whose best checkpoint is kept, as eval_default_pass1; 'none' for no such."
+    )
     eval_reward_func: str | None = flag(None, "A .py file that scores rollouts and evaluation for the log only.")
 
     def problems(self) -> list[str]:
@@ -296,7 +293,10 @@ class PPOConfig:
         return self.model.critic_pretrain or first or self.model.pretrain
 
     def optimizer_steps(self, prompts: int) -> int:
-        """Return the optimizer steps of a run over ``prompts``: the length of the learning-rate schedule."""
+        """Return the optimizer steps of a run over ``prompts``: the length of the learning-rate schedule.
+
+        A run with dynamic filtering has fewer.
+        """
         rollout, batch = self.rollout, self.batch
         full, rest = divmod(prompts, rollout.rollout_batch_size)
         sizes = [rollout.rollout_batch_size] * full + [rest] * bool(rest)
@@ -314,6 +314,12 @@ class PPOConfig:
             )
         if not self.model.reward_models and not self.reward.remote_rm_url:
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        if self.rollout.dynamic_filtering and estimator.estimator.needs_greedy:
+            name = estimator.advantage_estimator
+            found.append(f"--dynamic_filtering and --advantage_estimator {name} exclude each other: drop one")
+        longest, buffer = self.rollout.generate_max_len, self.reward.overlong_buffer_len
+        if buffer is not None and buffer > longest:
+            found.append(f"--overlong_buffer_len {buffer:g} is more than --generate_max_len {longest}: lower it")
         if self.checkpoint.use_ds_universal_ckpt:
             found.append(
                 "--use_ds_universal_ckpt converts checkpoints of the supervised commands only: leave it out, and "

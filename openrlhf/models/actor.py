@@ -20,9 +20,11 @@ from openrlhf.models.attention import switch_attention
 from openrlhf.models.backbone import REFERENCE, TokenModel, evaluating, padded_arguments
 from openrlhf.models.packing import predicted_places, restore
 from openrlhf.ops.logprobs import (
+    both_from_logits,
     distilled_from_logits,
     distilled_log_probs,
     entropy_from_logits,
+    log_probs_and_entropy,
     log_probs_from_logits,
     token_log_probs,
 )
@@ -41,12 +43,14 @@ class ActorOutput(NamedTuple):
         aux_loss: scalar, the load-balancing loss of a mixture of experts times its coefficient; 0 elsewhere.
         cross_entropy: ``(B, T)`` float32, of a teacher's distribution with the model's; None without a teacher.
         teacher_entropy: ``(B, T)`` float32, of a teacher's distribution; None without a teacher.
+        entropy: ``(B, T)`` float32, of the policy's distribution at its temperature; None unless asked for.
     """
 
     log_probs: Tensor
     aux_loss: Tensor
     cross_entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class LogitsOutput(NamedTuple):
@@ -111,6 +115,7 @@ class Actor(TokenModel):
         where: Tensor | None = None,
         teacher_logits: Tensor | None = None,
         read: Literal["log_probs", "logits", "own_logits"] = "log_probs",
+        with_entropy: bool = False,
     ) -> ActorOutput | LogitsOutput:
         """Return the log-probs of a right-padded batch, or the logits of a few of its places.
 
@@ -122,6 +127,7 @@ class Actor(TokenModel):
             teacher_logits: ``(M, V')`` of a teacher, its ``"own_logits"`` for the same batch and ``where``.
             read: ``"logits"`` for those of the places of ``where``, not divided by a temperature; ``"own_logits"``
                 for only those that lie in the own chunk of a ring.
+            with_entropy: give the entropy of the distributions beside the log-probs; not together with a teacher.
         """
         batch = self.inputs(sequences, attention_mask)
         places = predicted_places(attention_mask)
@@ -133,13 +139,14 @@ class Actor(TokenModel):
         head = self.model.get_output_embeddings()
         if self.head_is_last:
             hidden, aux_loss = self.hidden_and_aux(batch, sequences, attention_mask)
-            wanted = {} if "logits" in read else {"targets": targets, "teacher_logits": teacher_logits}
+            also = {"teacher_logits": teacher_logits, "with_entropy": with_entropy}
+            wanted = {} if "logits" in read else {"targets": targets, **also}
             found = head(hidden[mine.places], temperature=temperature, **wanted)
         else:
             output, aux_loss = self.run(self.model, batch, sequences, attention_mask)
             found = self.without_padding(output.logits, batch)[mine.places]
             if read == "log_probs":
-                found = _from_full_logits(found, targets, temperature, teacher_logits)
+                found = _from_full_logits(found, targets, temperature, teacher_logits, with_entropy)
         if "logits" in read:
             return LogitsOutput(found if read == "own_logits" else self.ring.join(found, mine.counts), aux_loss)
         flat, shape = places.flatten().nonzero().squeeze(-1), tuple(places.shape)
@@ -147,6 +154,9 @@ class Actor(TokenModel):
         def laid_out(own: Tensor) -> Tensor:
             return restore(self.ring.join(own, mine.counts), flat, shape)
 
+        if with_entropy:
+            log_probs, entropy = map(laid_out, found)
+            return ActorOutput(log_probs, aux_loss, entropy=entropy)
         if teacher_logits is None:
             return ActorOutput(laid_out(found), aux_loss)
         log_probs, cross_entropy = map(laid_out, found)
@@ -199,16 +209,18 @@ def _head_forward(
     targets: Tensor | None = None,
     temperature: float = 1.0,
     teacher_logits: Tensor | None = None,
+    with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return logits ``(..., V)``; with ``targets`` (M,) the log-probs (M,) of ``hidden`` (M, H), and with
-    ``teacher_logits`` (M, V') the cross-entropy (M,) too.
+    ``teacher_logits`` (M, V') the cross-entropy (M,) too, or the entropy (M,) if asked for.
     """
     if targets is None:
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
     hidden = hidden.to(self.weight.dtype)
     if teacher_logits is not None:
         return distilled_log_probs(hidden, self.weight, targets, teacher_logits, bias=self.bias)
-    return token_log_probs(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
+    compute = log_probs_and_entropy if with_entropy else token_log_probs
+    return compute(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
 
 
 def _head_is_last(model: nn.Module, backbone: nn.Module) -> bool:
@@ -242,10 +254,17 @@ def _head_is_last(model: nn.Module, backbone: nn.Module) -> bool:
 
 
 def _from_full_logits(
-    logits: Tensor, targets: Tensor, temperature: float, teacher_logits: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    teacher_logits: Tensor | None = None,
+    with_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return what the head does with ``targets``, from ``logits`` (M, V); float32 exists for a few rows at a time."""
     pairs = list(zip(logits.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True))
+    if with_entropy:
+        both = [checkpoint(both_from_logits, *pair, temperature, use_reentrant=False) for pair in pairs]
+        return tuple(torch.cat(parts) for parts in zip(*both, strict=True))
     if teacher_logits is None:
         log_probs = [checkpoint(log_probs_from_logits, *pair, temperature, use_reentrant=False) for pair in pairs]
         return torch.cat(log_probs)

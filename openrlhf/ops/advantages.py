@@ -48,16 +48,25 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def none(scores: Tensor, n: int) -> Tensor:
-    """Return the scores as they are: no baseline."""
+    """Return the scores ``(P * n,)`` as they are: no baseline.
+
+    With a critic that is GAE, where values are the baseline: for long answers whose parts deserve credit of their own,
+    at the price of a second model. Without one it is REINFORCE++ (Hu 2025, https://arxiv.org/abs/2501.03262), where
+    the mean over the batch is the baseline: the cheapest, and right for one answer a prompt.
+    """
     return scores
 
 
 @torch.no_grad()
 def rloo(scores: Tensor, n: int) -> Tensor:
-    """Return each score minus the mean of the others of its group (leave one out).
+    """Return each score minus the mean of the others of its group: ``r_i - sum_{j != i} r_j / (n - 1)``.
 
-    Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740. ``scores`` (P * n,) hold the ``n`` answers of one prompt
-    next to each other.
+    REINFORCE leave-one-out, Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740: an unbiased baseline for each
+    prompt, without a critic, for prompts of different difficulty and few answers to each.
+
+    Args:
+        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
+        n: answers to a prompt.
 
     Raises:
         ValueError: ``n`` is below 2 or does not divide the number of scores.
@@ -65,6 +74,64 @@ def rloo(scores: Tensor, n: int) -> Tensor:
     groups = _groups(scores, n)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (n - 1)
     return (groups - others).flatten().to(scores.dtype)
+
+
+@torch.no_grad()
+def group_mean(scores: Tensor, n: int) -> Tensor:
+    """Return each score minus the mean of its group: ``r_i - mean(r)``.
+
+    Whitened over the batch afterwards it is REINFORCE++-baseline (Hu 2025, https://arxiv.org/abs/2501.03262), steady
+    for rewards of any scale. As it is, it is Dr. GRPO (Liu et al. 2025, https://arxiv.org/abs/2503.20783): GRPO
+    without the division by the standard deviation, which would give groups that are nearly alike the most weight.
+
+    Args:
+        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
+        n: answers to a prompt.
+
+    Raises:
+        ValueError: ``n`` is below 2 or does not divide the number of scores.
+    """
+    groups = _groups(scores, n)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten().to(scores.dtype)
+
+
+@torch.no_grad()
+def group_norm(scores: Tensor, n: int) -> Tensor:
+    """Return each score in standard deviations from the mean of its group: ``(r_i - mean(r)) / (std(r) + 1e-9)``.
+
+    GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300, usually with ``--use_kl_loss --kl_estimator k3``: every
+    prompt counts alike, whatever the scale of its rewards. The standard deviation is that of a sample (``n - 1``).
+
+    Args:
+        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
+        n: answers to a prompt.
+
+    Raises:
+        ValueError: ``n`` is below 2 or does not divide the number of scores.
+    """
+    groups = _groups(scores, n)
+    mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
+    return ((groups - mean) / (std + 1e-9)).flatten().to(scores.dtype)
+
+
+@torch.no_grad()
+def remax(scores: Tensor, n: int, greedy: Tensor) -> Tensor:
+    """Return each score minus that of the greedy answer to its prompt: ``r_i - r(greedy)``.
+
+    ReMax, Li et al. 2023, https://arxiv.org/abs/2310.10505: a baseline for each prompt from one more answer instead of
+    a group or a critic, for learned rewards and one answer a prompt.
+
+    Args:
+        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
+        n: answers to a prompt.
+        greedy: ``(P,)`` scores of the greedy answers.
+
+    Raises:
+        ValueError: there is not one greedy answer for each ``n`` scores.
+    """
+    if len(greedy) * n != len(scores):
+        raise ValueError(f"{len(scores)} scores, {n} a prompt, do not go with {len(greedy)} greedy ones")
+    return scores - greedy.repeat_interleave(n)
 
 
 def _groups(scores: Tensor, n: int) -> Tensor:

@@ -7,24 +7,29 @@ import math
 import torch
 from torch import Tensor
 
-ESTIMATORS = ("k1", "k3")
+ESTIMATORS = ("k1", "k2", "k3")
 
 
 def approx_kl(log_ratio: Tensor, estimator: str = "k1") -> Tensor:
     """Return a per-token estimate of ``KL(policy || reference)`` from tokens that the policy sampled.
 
-    With ``d = log policy - log reference``: k1 is ``d`` (may be negative), k3 is ``exp(-d) - 1 + d`` (never
-    negative); neither has a bias. http://joschu.net/blog/kl-approx.html
+    With ``d = log policy - log reference``, http://joschu.net/blog/kl-approx.html:
+
+    * k1 is ``d``: no bias, may be negative; for the reward. As a loss its gradient is 0 on average.
+    * k2 is ``d**2 / 2``: a little bias, never negative; as a loss its gradient is that of the divergence.
+    * k3 is ``exp(-d) - 1 + d``: no bias, never negative; the loss of GRPO.
 
     Args:
         log_ratio: ``d``, any shape. k3 reads it within [-20, 20], where its exponential stays finite.
-        estimator: ``"k1"`` or ``"k3"``.
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
 
     Raises:
         ValueError: for any other estimator.
     """
     if estimator == "k1":
         return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
     if estimator == "k3":
         bounded = log_ratio.clamp(-20.0, 20.0)
         return torch.expm1(-bounded) + bounded

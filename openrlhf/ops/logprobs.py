@@ -101,6 +101,59 @@ class _HeadGradients:
         return self.hidden, weight, bias
 
 
+def log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of ``targets`` and the entropy ``-sum_v p(v) log p(v)`` of their distributions, ``(N,)``.
+
+    Both in float32 and with a gradient, ``chunk_size`` rows at a time, computed again in the backward. Arguments as in
+    `token_log_probs`.
+    """
+    return _LogProbsAndEntropy.apply(hidden, weight, targets, bias, temperature, chunk_size)
+
+
+class _LogProbsAndEntropy(torch.autograd.Function):
+    """One autograd node for the whole head, as `_TokenLogProbs`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, chunk_size):
+        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_probs)
+        for start in range(0, len(hidden), chunk_size):
+            rows = slice(start, start + chunk_size)
+            found = _scaled_logits(hidden[rows], weight, bias, temperature).log_softmax(dim=-1)
+            log_probs[rows] = found.gather(-1, targets[rows, None]).squeeze(-1)
+            entropy[rows] = _entropy(found)
+        ctx.save_for_backward(hidden, targets, entropy)
+        # Not saved as tensors for the sake of ZeRO-3, as in `_TokenLogProbs`.
+        ctx.weight, ctx.bias = weight, bias
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):
+        hidden, targets, entropy = ctx.saved_tensors
+        grads = _HeadGradients(ctx, hidden)
+        active = ((grad_log_probs != 0) | (grad_entropy != 0)).nonzero().squeeze(-1)
+        for rows in active.split(ctx.chunk_size):
+            chunk = hidden[rows]
+            found = _scaled_logits(chunk, ctx.weight, ctx.bias, ctx.temperature).log_softmax(dim=-1)
+            of_targets, of_entropy = grad_log_probs[rows, None], grad_entropy[rows, None]
+            pull = (found + entropy[rows, None]).mul_(of_entropy).add_(of_targets)
+            grad_logits = found.exp_().mul_(pull).neg_()
+            grad_logits[torch.arange(len(rows), device=rows.device), targets[rows]] += of_targets.squeeze(-1)
+            grads.add(rows, chunk, grad_logits.div_(ctx.temperature))
+        grad_hidden, grad_weight, grad_bias = grads.in_dtype(hidden.dtype)
+        return grad_hidden, grad_weight, None, grad_bias, None, None
+
+
 def distilled_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -178,9 +231,12 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 1024) -> Tensor:
     """Return the float32 entropy ``(N,)`` of the distributions of ``logits`` (N, V), a few rows at a time."""
     parts = []
     for part in logits.split(chunk_size):
-        log_probs = part.float().log_softmax(dim=-1)
-        parts.append(-(log_probs.exp() * log_probs).sum(dim=-1))
+        parts.append(_entropy(part.float().log_softmax(dim=-1)))
     return torch.cat(parts)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -205,6 +261,12 @@ def filled(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def rows_round_to(device: torch.device, dtype: torch.dtype) -> int:
     """Return of what the rows of a matrix product should be a multiple: 1 but for half types on a CPU."""
     return ROUND_TO if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def both_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return what `log_probs_and_entropy` does, from the logits ``(N, V)`` themselves."""
+    log_probs = (logits.float() / temperature).log_softmax(dim=-1)
+    return log_probs.gather(-1, targets[..., None]).squeeze(-1), _entropy(log_probs)
 
 
 def log_probs_from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:

@@ -18,6 +18,11 @@ def masked_sum(x: Tensor, mask: Tensor, dim: Dims = None) -> Tensor:
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
+def row_means(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of ``x`` (B, T) over the true positions of each row of ``mask``, ``(B,)``; 0 in an empty row."""
+    return masked_sum(x, mask, dim=-1) / mask.sum(dim=-1).clamp(min=1)
+
+
 def masked_whiten(x: Tensor, mask: Tensor, mean: float, rstd: float) -> Tensor:
     """Return ``(x - mean) * rstd`` at the true positions of ``mask`` and 0 elsewhere.
 

@@ -1,7 +1,7 @@
 """What happens between optimizer steps: progress line, logs, evaluation; checkpoints are in ``checkpointing.py``.
 
 Their cadence is theirs. A loop shows itself as ``global_step``, ``max_steps``, ``epoch`` and ``max_epochs``;
-evaluation asks for ``steps_per_epoch``, ``eval_data`` and ``evaluate()`` too.
+evaluation asks for ``epoch_ended``, ``eval_data`` and ``evaluate()`` too.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ class Evaluation(Callback):
 
     def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
         """Evaluate when the step is due, and after the last step."""
-        every = trainer.steps_per_epoch if self._eval_steps == -1 else self._eval_steps
         if not trainer.eval_data:
             return
-        if due(trainer.global_step, every) or trainer.global_step == trainer.max_steps:
+        wanted = trainer.epoch_ended if self._eval_steps == -1 else due(trainer.global_step, self._eval_steps)
+        if wanted or trainer.global_step == trainer.max_steps:
             OURS.debug("phase: evaluation after step %d", trainer.global_step)
             trainer.evaluate()

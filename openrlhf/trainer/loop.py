@@ -155,6 +155,11 @@ class Trainer:
         return max(0, self.global_step - 1) // self.steps_per_epoch + 1
 
     @property
+    def epoch_ended(self) -> bool:
+        """Whether the step that was done last was the last of an epoch."""
+        return self.global_step % self.steps_per_epoch == 0
+
+    @property
     def evaluating(self) -> bool:
         """Whether the evaluation after the last step was begun and not finished."""
         return self.position.evaluating

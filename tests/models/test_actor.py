@@ -138,6 +138,26 @@ def test_logits_and_the_cross_entropy_with_a_teacher_are_those_of_each_sequence_
     assert not output.cross_entropy[~(where & mask[:, 1:])].any()
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "gemma2", "bloom"])
+def test_the_entropy_is_that_of_the_distributions_of_each_sequence_alone(arch):
+    model = tiny_causal_lm(None, arch)
+    twin = copy.deepcopy(model)
+    actor = Actor(model)
+    sequences, mask = batch()
+    output = actor(sequences, mask, temperature=0.7, with_entropy=True)
+    twin.set_attn_implementation("eager")
+    for row, real, found in zip(sequences, mask, output.entropy, strict=True):
+        length = int(real.sum())
+        logits = twin(row[None, :length], use_cache=False).logits[0, :-1].float() / 0.7
+        expected = torch.distributions.Categorical(logits=logits).entropy()
+        torch.testing.assert_close(found[: length - 1], expected, atol=1e-4, rtol=1e-4)
+        assert not found[length - 1 :].any()
+    torch.testing.assert_close(output.log_probs, actor(sequences, mask, temperature=0.7).log_probs)
+    output.entropy.sum().backward()
+    assert all(param.grad.isfinite().all() for param in model.parameters() if param.grad is not None)
+    assert model.get_output_embeddings().weight.grad.abs().sum() > 0
+
+
 def test_a_final_softcap_or_logit_scale_goes_through_the_full_logits():
     assert not _verified("gemma2").head_is_last
     assert not _verified("cohere").head_is_last

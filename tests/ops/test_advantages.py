@@ -94,13 +94,50 @@ def test_advantages_and_returns_have_no_gradient_and_are_fp32():
     [
         (ops.none, [1.0, 0.0, 0.0, 2.0]),
         (ops.rloo, [1 / 3, -1.0, -1.0, 5 / 3]),
+        (ops.group_mean, [0.25, -0.75, -0.75, 1.25]),
+        (ops.group_norm, [0.261116, -0.783349, -0.783349, 1.305582]),
     ],
 )
 def test_group_baselines_equal_the_worked_numbers(baseline, expected):
     torch.testing.assert_close(baseline(SCORES, 4), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-GROUP_BASELINES = [ops.rloo]
+GROUP_BASELINES = [ops.rloo, ops.group_mean, ops.group_norm]
+
+
+def by_hand(baseline, group):
+    """The baseline of one group with plain numbers."""
+    mean, n = sum(group) / len(group), len(group)
+    if baseline is ops.rloo:
+        return [score - (sum(group) - score) / (n - 1) for score in group]
+    std = math.sqrt(sum((score - mean) ** 2 for score in group) / (n - 1)) + 1e-9
+    return [(score - mean) / (std if baseline is ops.group_norm else 1.0) for score in group]
+
+
+@pytest.mark.parametrize("baseline", GROUP_BASELINES)
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_a_group_baseline_equals_a_loop_over_groups(baseline, n):
+    scores = torch.randn(5 * n, generator=torch.Generator().manual_seed(n))
+    expected = [by_hand(baseline, scores[start : start + n].tolist()) for start in range(0, 5 * n, n)]
+    torch.testing.assert_close(baseline(scores, n), torch.tensor(sum(expected, [])), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", GROUP_BASELINES)
+def test_a_shift_of_the_scores_changes_no_group_baseline_and_a_scale_only_those_without_a_norm(baseline):
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    plain = baseline(scores, 4)
+    torch.testing.assert_close(baseline(scores + 3, 4), plain, rtol=1e-5, atol=1e-5)
+    factor = 1 if baseline is ops.group_norm else 5
+    torch.testing.assert_close(baseline(5 * scores, 4), factor * plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.view(-1, 4).sum(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_a_greedy_answer_is_the_baseline_of_its_own_prompt():
+    greedy = torch.tensor([0.5, -1.0])
+    assert ops.remax(SCORES, 2, greedy).tolist() == [0.5, -0.5, 1.0, 3.0]
+    assert ops.remax(SCORES, 1, SCORES).tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="4 scores, 2 a prompt, do not go with 3 greedy ones"):
+        ops.remax(SCORES, 2, torch.zeros(3))
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)

@@ -5,16 +5,35 @@ import math
 import pytest
 import torch
 
-from openrlhf.ops.kl import AdaptiveKLController, FixedKLController, approx_kl
+from openrlhf.ops.kl import ESTIMATORS, AdaptiveKLController, FixedKLController, approx_kl
 
 
 @pytest.mark.parametrize(
-    ("d", "k1", "k3"),
-    [(0.5, 0.5, 0.106531), (-1.0, -1.0, 0.718282), (0.0, 0.0, 0.0)],
+    ("d", "expected"),
+    [(0.5, [0.5, 0.125, 0.106531]), (-1.0, [-1.0, 0.5, 0.718282]), (0.0, [0.0, 0.0, 0.0])],
 )
-def test_estimators_equal_the_worked_numbers(d, k1, k3):
-    values = [approx_kl(torch.tensor(d), name).item() for name in ("k1", "k3")]
-    assert values == pytest.approx([k1, k3], abs=1e-6)
+def test_estimators_equal_the_worked_numbers(d, expected):
+    values = [approx_kl(torch.tensor(d), name).item() for name in ESTIMATORS]
+    assert values == pytest.approx(expected, abs=1e-6)
+
+
+def test_as_a_loss_k2_pulls_as_the_divergence_does_and_k1_nowhere():
+    """Gradients averaged over the policy's own samples, against that of the exact divergence."""
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(6, generator=generator), torch.randn(6, generator=generator).log_softmax(0)
+
+    def gradient(loss):
+        free = logits.clone().requires_grad_()
+        loss(free.log_softmax(0)).backward()
+        return free.grad
+
+    def average(name):
+        return gradient(lambda own: (own.detach().exp() * approx_kl(own - reference, name)).sum())
+
+    exact = gradient(lambda own: (own.exp() * (own - reference)).sum())
+    torch.testing.assert_close(average("k2"), exact)
+    torch.testing.assert_close(average("k1"), torch.zeros(6), atol=1e-6, rtol=0)
+    assert torch.cosine_similarity(average("k3"), exact, dim=0) > 0.5
 
 
 def test_k1_and_k3_average_to_the_true_divergence():
@@ -32,7 +51,7 @@ def test_k3_is_never_negative_and_never_overflows():
 
 
 def test_an_unknown_estimator_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="k1, k3"):
+    with pytest.raises(ValueError, match="k1, k2, k3"):
         approx_kl(torch.zeros(1), "k4")
 
 

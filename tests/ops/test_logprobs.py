@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from openrlhf.ops.logprobs import (
+    both_from_logits,
     distilled_from_logits,
     distilled_log_probs,
     entropy_from_logits,
     filled,
+    log_probs_and_entropy,
     log_probs_from_logits,
     token_log_probs,
 )
@@ -218,3 +220,24 @@ def test_no_rows_distil_nothing():
     (log_probs.sum() + cross_entropy.sum()).backward()
     assert torch.equal(weight.grad, torch.zeros(V, H))
     assert entropy_from_logits(torch.zeros(0, V)).shape == (0,)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_probs_with_entropy_and_their_gradients_equal_the_naive_ones(chunk_size, temperature, with_bias):
+    hidden, weight, bias, targets, upstream = a_head()
+    inputs = [hidden, weight, *([bias] if with_bias else [])]
+    logits = hidden @ weight.t() + (bias if with_bias else 0.0)
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
+    expected = distribution.log_prob(targets), distribution.entropy()
+    ours = log_probs_and_entropy(
+        hidden, weight, targets, bias=bias if with_bias else None, temperature=temperature, chunk_size=chunk_size
+    )
+    pulls = upstream, upstream.roll(1)
+    gradients = [
+        torch.autograd.grad(sum((x * pull).sum() for x, pull in zip(both, pulls)), inputs) for both in (ours, expected)
+    ]
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(both_from_logits(logits, targets, temperature), expected)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from openrlhf.rollout.types import Experience
 
 LENGTHS = (13, 4, 9, 6, 12, 5, 11)
 ROWS, WIDTH, TEMPERATURE, WHITEN = len(LENGTHS), max(LENGTHS), 0.7, (0.1, 1.3)
+KL_COEF, ENTROPY_COEF = 0.3, 0.2
 REWARD_IDS = [7, 5]
 
 
@@ -210,6 +211,59 @@ def policy_formula(folder: str) -> tuple[nn.Module, Tensor]:
     return model, loss[sample.action_mask].mean()
 
 
+def mean_of(loss: Tensor, actions: Tensor, of_sequences: bool) -> Tensor:
+    """Return the mean over actions, or over sequences of their means."""
+    rows = [row[keep].mean() for row, keep in zip(loss, actions, strict=True)]
+    return torch.stack(rows).mean() if of_sequences else loss[actions].mean()
+
+
+def plain_entropy(model: nn.Module, tokens: Tensor, real: Tensor, temperature: float) -> Tensor:
+    rows = []
+    for row, keep in zip(tokens, real, strict=True):
+        found = (model(row[keep][None]).logits[0, :-1] / temperature).log_softmax(-1)
+        rows.append(nn.functional.pad(-(found.exp() * found).sum(-1), (0, WIDTH - 1 - len(found))))
+    return torch.stack(rows)
+
+
+def gspo_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    """One ratio a sequence, against the engine; a mean over sequences, with k3 and the entropy."""
+    model, sample = causal_lm(folder), experience(folder)
+    actions, inputs = sample.action_mask, (sample.sequences, sample.attention_mask, TEMPERATURE)
+    log_probs, entropy = plain_log_probs(model, *inputs), plain_entropy(model, *inputs)
+    gaps = log_probs - sample.rollout_log_probs
+    ratio = torch.stack([row[keep].mean() for row, keep in zip(gaps, actions)]).exp()[:, None]
+    advantages = (sample.advantages - WHITEN[0]) * WHITEN[1]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - 0.05, 1 + 0.1) * advantages)
+    d = log_probs - sample.ref_log_probs
+    parts = loss + KL_COEF * ((-d).exp() - 1 + d) - ENTROPY_COEF * entropy
+    return model, mean_of(parts, actions, True)
+
+
+def cispo_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    """Clipped weights, truncated weights of the rollout, and k2, a mean over sequences of their means."""
+    model, sample = causal_lm(folder), experience(folder)
+    log_probs = plain_log_probs(model, sample.sequences, sample.attention_mask, TEMPERATURE)
+    ratio = (log_probs - sample.log_probs).exp().detach().clamp(0.8, 1.2)
+    engine = (sample.log_probs - sample.rollout_log_probs).exp().clamp(0.9, 1.1)
+    advantages = (sample.advantages - WHITEN[0]) * WHITEN[1]
+    loss = -engine * ratio * advantages * log_probs + KL_COEF * 0.5 * (log_probs - sample.ref_log_probs) ** 2
+    return model, mean_of(loss, sample.action_mask, True)
+
+
+def dual_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    """PPO with another clip on each side and a dual one, without the tokens where the engine is off."""
+    model, sample = causal_lm(folder), experience(folder)
+    inputs = (sample.sequences, sample.attention_mask, TEMPERATURE)
+    log_probs = plain_log_probs(model, *inputs)
+    ratio, advantages = (log_probs - sample.log_probs).exp(), (sample.advantages - WHITEN[0]) * WHITEN[1]
+    objective = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.3) * advantages)
+    objective = torch.where(advantages < 0, torch.maximum(objective, 1.05 * advantages), objective)
+    engine = (sample.log_probs - sample.rollout_log_probs).exp()
+    engine = torch.where((engine < 0.9) | (engine > 1.1), 0.0, engine)
+    loss = -engine * objective - ENTROPY_COEF * plain_entropy(model, *inputs)
+    return model, mean_of(loss, sample.action_mask, False)
+
+
 def value_formula(folder: str) -> tuple[nn.Module, Tensor]:
     model, sample = classifier(folder), experience(folder)
     values = plain_values(model, sample.sequences, sample.attention_mask)[:, :-1]
@@ -227,8 +281,9 @@ def experience(folder: str) -> Experience:
         values = plain_values(classifier(folder), tokens, real)[:, :-1].float() + noise(6, 0.2)
     nothing = torch.zeros(ROWS, WIDTH - 1)
     return Experience(
-        sequences=tokens, attention_mask=real, action_mask=actions, rollout_log_probs=nothing,
-        sample=torch.arange(ROWS), log_probs=log_probs, ref_log_probs=nothing, kl=nothing, scores=torch.zeros(ROWS),
+        sequences=tokens, attention_mask=real, action_mask=actions, rollout_log_probs=log_probs + noise(10, 0.1),
+        sample=torch.arange(ROWS), log_probs=log_probs, ref_log_probs=log_probs + noise(11, 0.3), kl=nothing,
+        scores=torch.zeros(ROWS),
         values=values, advantages=noise(7), returns=noise(8),
     )  # fmt: skip
 

@@ -16,7 +16,14 @@ import torch
 
 from openrlhf.config.algorithms import PAIR_LOSSES
 from openrlhf.config.groups import BatchConfig, DeepSpeedConfig, ModelConfig, OptimConfig
-from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
+from openrlhf.config.ppo import (
+    AlgorithmConfig,
+    PPOConfig,
+    PPOModelConfig,
+    PPOOptimConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import switch_attention
 from openrlhf.models.backbone import TokenModel
@@ -34,14 +41,19 @@ from openrlhf.trainer.reward_model import RewardModelTrainer
 from openrlhf.trainer.sft import SFTTrainer
 from tests.strategy.programs import BETAS, first_gradients
 from tests.trainer.gradient_formulas import (
+    ENTROPY_COEF,
+    KL_COEF,
     REWARD_IDS,
     ROWS,
     TEMPERATURE,
     WHITEN,
     Rows,
     UnpairedRows,
+    cispo_formula,
     dpo_formula,
+    dual_formula,
     experience,
+    gspo_formula,
     kd_formula,
     kto_formula,
     pairs,
@@ -127,11 +139,11 @@ def rm_step(folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: Batch
     return engine
 
 
-def ppo_config(folder: str, stage: int, batch: BatchConfig) -> PPOConfig:
+def ppo_config(folder: str, stage: int, batch: BatchConfig, **algorithm: Any) -> PPOConfig:
     return PPOConfig(
         model=PPOModelConfig(pretrain=f"{folder}/policy", critic_pretrain=f"{folder}/reward"),
         reward=RewardConfig(remote_rm_url="unused.py"),
-        algorithm=AlgorithmConfig(advantage_estimator="gae"),
+        algorithm=AlgorithmConfig(advantage_estimator="gae", **algorithm),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optim=PPOOptimConfig(adam_betas=BETAS, max_norm=0.0, lr_warmup_ratio=0.0),
         deepspeed=DeepSpeedConfig(zero_stage=stage),
@@ -140,21 +152,34 @@ def ppo_config(folder: str, stage: int, batch: BatchConfig) -> PPOConfig:
 
 
 def ppo_step(
-    worker_class: type, folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: BatchConfig, **common: Any
+    worker_class: type,
+    common: dict,
+    algorithm: dict,
+    folder: str,
+    strategy: DeepSpeedStrategy,
+    packed: bool,
+    batch: BatchConfig,
 ) -> TrainEngine:
-    worker = worker_class(ppo_config(folder, strategy.config.zero_stage, batch), strategy, max_steps=1)
+    """Take one step of a worker of PPO; ``common`` goes to its update, ``algorithm`` to the flags."""
+    config = ppo_config(folder, strategy.config.zero_stage, batch, **algorithm)
+    worker = worker_class(config, strategy, max_steps=1)
     ready(worker.engine, packed)
     mine = deal(range(ROWS), strategy.world_size)[strategy.rank]
     worker.update([experience(folder).select(mine)], rollout=1, **common)
     return worker.engine
 
 
-def policy_step(*arguments: Any) -> TrainEngine:
-    return ppo_step(PolicyWorker, *arguments, whiten=WHITEN)
+def policy_step(kl_coef: float = 0.0, **algorithm: Any) -> Callable:
+    """Return the step of a policy loss."""
+    return partial(ppo_step, PolicyWorker, {"whiten": WHITEN, "kl_coef": kl_coef}, algorithm)
 
 
-def value_step(*arguments: Any) -> TrainEngine:
-    return ppo_step(CriticWorker, *arguments)
+def correction(kind: str) -> dict[str, Any]:
+    return {
+        "enable_vllm_is_correction": True,
+        "vllm_is_correction_type": kind,
+        "vllm_is_truncated_threshold": (0.9, 1.1),
+    }
 
 
 LOSSES = {
@@ -173,12 +198,35 @@ LOSSES = {
         ),
     ),
     "rm": (rm_formula, rm_step),
-    "policy": (policy_formula, policy_step),
-    "value": (value_formula, value_step),
+    "policy": (policy_formula, policy_step()),
+    "dual": (
+        dual_formula,
+        policy_step(
+            **correction("icepop"), eps_clip_low_high=(0.1, 0.3), dual_clip=1.05, entropy_loss_coef=ENTROPY_COEF
+        ),
+    ),
+    "gspo": (
+        gspo_formula,
+        policy_step(
+            KL_COEF,
+            **correction("tis"),
+            policy_loss_type="gspo",
+            eps_clip_low_high=(0.05, 0.1),
+            kl_estimator="k3",
+            entropy_loss_coef=ENTROPY_COEF,
+        ),
+    ),
+    "cispo": (
+        cispo_formula,
+        policy_step(
+            KL_COEF, **correction("tis"), policy_loss_type="cispo", loss_reduction="sequence", kl_estimator="k2"
+        ),
+    ),
+    "value": (value_formula, partial(ppo_step, CriticWorker, {}, {})),
 }
 
 
-RINGS = [loss for loss in LOSSES if loss not in ("policy", "value")]
+RINGS = [loss for loss in LOSSES if loss not in ("policy", "dual", "gspo", "cispo", "value")]
 """The losses whose ranks can share sequences."""
 
 
@@ -216,5 +264,5 @@ def ring_cases() -> list[list]:
 
 
 def every_case() -> list[list]:
-    """Return 216 cases for a number of ranks: 9 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
+    """Return 288 cases for a number of ranks: 12 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
     return [list(case) for case in product(LOSSES, (True, False), (0, 1, 2, 3), (1, 2, 4))]

@@ -26,6 +26,10 @@ class CountingLoop:
     def epoch(self):
         return (self.global_step - 1) // self.steps_per_epoch + 1
 
+    @property
+    def epoch_ended(self):
+        return self.global_step % self.steps_per_epoch == 0
+
     def run(self):
         for callback in self.callbacks:
             callback.on_start(self)

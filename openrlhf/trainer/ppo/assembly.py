@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from openrlhf.config.ppo import AlgorithmConfig, PPOConfig
 from openrlhf.ops.advantages import discounted_returns, gae
 from openrlhf.ops.kl import approx_kl
+from openrlhf.ops.length_penalty import overlong_penalty, stop_properly
 from openrlhf.ops.masking import masked_sum
 from openrlhf.ops.token_rewards import token_rewards
-from openrlhf.rollout.types import Experience, SequenceBatch
+from openrlhf.rollout.types import Experience, Rollout, SequenceBatch
 
 
 def scoring_temperature(config: PPOConfig) -> float:
@@ -56,19 +57,19 @@ def make_experience(
         values: ``(B, T)`` of the critic, or None: then advantages and returns are both the discounted returns.
         scores: ``(B,)`` what the reward sources gave.
         shaped: ``(B,)`` the clipped scores after the group baseline.
-        kl_coef: weight of the KL in the token rewards.
+        kl_coef: weight of the KL in the token rewards; 0 where it is part of the loss.
     """
     mask = batch.action_mask
     nothing = torch.zeros(())
-    kl = approx_kl(log_probs - ref_log_probs, "k3" if algorithm.use_kl_estimator_k3 else "k1")
+    kl = approx_kl(log_probs - ref_log_probs, algorithm.kl)
     kl = torch.where(mask, kl, nothing)
     rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef)
     if values is None:
         values = torch.zeros_like(log_probs)
-        returns = discounted_returns(rewards, mask, algorithm.gamma)
+        returns = discounted_returns(rewards, mask, algorithm.discount)
         advantages = returns
     else:
-        advantages, returns = gae(values, rewards, mask, algorithm.gamma, algorithm.lambd)
+        advantages, returns = gae(values, rewards, mask, algorithm.discount, algorithm.lambd)
     return Experience(**vars(batch), log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl, scores=scores,
                       values=values, advantages=advantages, returns=returns)  # fmt: skip
 
@@ -111,6 +112,23 @@ def whitening(statistics: dict[str, float]) -> tuple[float, float]:
     """Return mean and 1 / standard deviation (population, variance at least 1e-8) of the advantages of all actions."""
     mean, variance = mean_and_variance(statistics, "advantages")
     return mean, max(variance, 1e-8) ** -0.5
+
+
+def shape_scores(config: PPOConfig, scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    """Return the scores ``(N,)`` after the clip and then the penalties for length: before any baseline.
+
+    A clip afterwards would hide the penalties of answers with high scores.
+    """
+    reward = config.reward
+    shaped = scores.clamp(*reward.reward_clip_range)
+    if reward.stop_properly_penalty_coef is not None:
+        truncated = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
+        shaped = stop_properly(shaped, truncated, reward.stop_properly_penalty_coef)
+    if reward.overlong_buffer_len is not None:
+        lengths = torch.tensor([rollout.num_actions for rollout in rollouts])
+        limit = config.rollout.generate_max_len
+        shaped = shaped + overlong_penalty(lengths, limit, reward.overlong_buffer_len, reward.overlong_penalty_factor)
+    return shaped
 
 
 def explained_variance(statistics: dict[str, float]) -> float:

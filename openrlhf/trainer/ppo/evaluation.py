@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import NO_BEST, PPOConfig
+from openrlhf.errors import UsageError
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.loggers import rewind
@@ -91,6 +92,24 @@ def pair_accuracy(scores: Sequence[float], true_scores: Sequence[float]) -> floa
     return float(won[better].sum()) / pairs if pairs else None
 
 
+def pass_rates(rollouts: Sequence[Rollout], scores: Sequence[float], samples: int) -> dict[str, float]:
+    """Return ``eval_{source}_pass1`` and, with several answers to a prompt, ``eval_{source}_pass{samples}``.
+
+    The first is the mean of the scores of a data source, the second the mean over its prompts of their best score: of
+    right and wrong answers, how often one of ``samples`` is right. Answers to one prompt are next to each other.
+    """
+    sources: dict[str, list[int]] = {}
+    for first in range(0, len(rollouts), samples):
+        sources.setdefault(rollouts[first].prompt.source, []).append(first)
+    values: dict[str, float] = {}
+    for source, firsts in sources.items():
+        groups = [scores[first : first + samples] for first in firsts]
+        values[f"eval_{source}_pass1"] = sum(map(sum, groups)) / (samples * len(groups))
+        if samples > 1:
+            values[f"eval_{source}_pass{samples}"] = sum(map(max, groups)) / len(groups)
+    return values
+
+
 class Evaluator:
     """Answers the evaluation prompts at every ``--eval_temperature`` and scores the answers.
 
@@ -122,12 +141,22 @@ class Evaluator:
         """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after".
 
         ``reward_auc_t1`` is how often the reward puts a better answer above a worse one (:func:`pair_accuracy`).
+        :func:`pass_rates` go by the true score, else by the scores that a reward function gives beside its rewards,
+        else by the rewards; but for the first temperature their names end as the others, in ``_t0``.
+
+        Raises:
+            UsageError: ``--best_metric_key`` names none of these figures.
         """
         values: dict[str, float] = {}
         answers = []
+        samples = self.config.evaluation.eval_n_samples_per_prompt
         for temperature in self.config.evaluation.eval_temperature:
             rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
-            scores, true_scores = self.maker.score(rollouts)
+            rated, true_scores = self.maker.score(rollouts)
+            scores = rated.scores.tolist()
+            suffix = f"_t{temperature:g}" if answers else ""
+            passed = pass_rates(rollouts, rated.judged if true_scores is None else true_scores, samples)
+            values |= {f"{figure}{suffix}": value for figure, value in passed.items()}
             rows, name = len(rollouts), f"t{temperature:g}"
             values[f"reward_{name}"] = sum(scores) / rows
             values[f"response_length_{name}"] = sum(rollout.num_actions for rollout in rollouts) / rows
@@ -137,6 +166,9 @@ class Evaluator:
                 agreement = pair_accuracy(scores, true_scores)
                 values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
             answers.append((rollouts, scores, true_scores, SHOWN, temperature))
+        wanted = self.config.evaluation.best_metric_key
+        if wanted not in ("", NO_BEST, *values):
+            raise UsageError(f"--best_metric_key {wanted}: the evaluation gives {', '.join(values)}; name one of them")
         # Only now: an evaluation that is broken off and repeated leaves nothing behind.
         for shown in answers if when in ("before", "after") else ():
             self.samples.write(when, step, *shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy import signals
-from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
+from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, shape_scores, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
@@ -55,6 +55,7 @@ class Experiences:
         shards: futures of :class:`~openrlhf.rollout.types.Experience`, one a shard.
         whiten: mean and 1 / standard deviation of the advantages over all actions, or None to leave them.
         kl: mean divergence from the reference over all actions.
+        kl_coef: weight of the divergence in the loss of the policy; 0 where it is part of the rewards.
         rollouts: what they were made of.
         scores: one a rollout, as the reward sources gave it.
         true_scores: one a rollout of ``--eval_reward_func``, which nothing learns from; None without it.
@@ -64,10 +65,43 @@ class Experiences:
     shards: list[Any]
     whiten: tuple[float, float] | None
     kl: float
+    kl_coef: float
     rollouts: list[Rollout]
     scores: list[float]
     true_scores: list[float] | None
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Rollouts with what the reward sources gave.
+
+    Attributes:
+        rollouts: the samples of one prompt next to each other.
+        scores: ``(N,)`` the sum of all sources.
+        extra: further numbers of a reward function by name, one a rollout.
+    """
+
+    rollouts: list[Rollout]
+    scores: Tensor
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> list[float]:
+        """What a filter goes by: the ``scores`` that a function gives beside its rewards, else the rewards."""
+        return self.extra.get("scores") or self.scores.tolist()
+
+    def select(self, rows: Sequence[int]) -> Rated:
+        """Return the given rows."""
+        extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
+        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra)
+
+    @classmethod
+    def join(cls, parts: Sequence[Rated]) -> Rated:
+        """Return the rows of all parts; of the further numbers those that all have."""
+        names = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
+        extra = {name: [value for part in parts for value in part.extra[name]] for name in names}
+        return cls([r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts]), extra)
 
 
 def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLController:
@@ -75,7 +109,7 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     algorithm = config.algorithm
     if algorithm.kl_target is None:
         return FixedKLController(algorithm.init_kl_coef)
-    return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target)
+    return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
 
 
 def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
@@ -139,8 +173,15 @@ class ExperienceMaker:
         self.kl_controller = build_kl_controller(config)
         self._baseline = config.algorithm.estimator.load_baseline()
 
-    def make(self, rollouts: list[Rollout]) -> Experiences:
+    def make(
+        self, rollouts: list[Rollout], greedy: list[Rollout] | None = None, rated: Rated | None = None
+    ) -> Experiences:
         """Return the experiences of ``rollouts``, samples of one prompt next to each other.
+
+        Args:
+            rollouts: the samples.
+            greedy: one greedy answer to each prompt, for an estimator that needs them.
+            rated: what :meth:`rate` said of the samples, if they were rated already.
 
         Raises:
             InfraError: the engine and the policy disagree about the log-probs of the samples.
@@ -152,27 +193,44 @@ class ExperienceMaker:
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
         reference = self._ask_reference(shards) if self.config.algorithm.needs_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
-        from_models = self._ask_models(shards)
-        from_function = self._ask(self.reward_function, rollouts)
-        true = self._ask(self.true_score, rollouts)
-        scores = self._add_up(rollouts, from_models, from_function)
-        shaped = self._shape(scores)
+        rated = rated or self._rate(rollouts, shards)
+        true, scores = self._ask(self.true_score, rollouts), rated.scores
+        clipped = shape_scores(self.config, scores, rollouts)
+        shaped = self._above_baseline(clipped, greedy)
+        algorithm, kl_coef = self.config.algorithm, self.kl_controller.value
         experiences = roles.policy.map(
             PolicyWorker.assemble,
             shards, log_probs, reference, values, _split_like(shards, scores), _split_like(shards, shaped),
-            kl_coef=self.kl_controller.value,
+            kl_coef=0.0 if algorithm.use_kl_loss else kl_coef,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
         check_rollout(self.config, statistics, rollouts, lambda: roles.policy.get(experiences))
-        return self._finish(rollouts, experiences, statistics, scores, shaped, from_function, true)
+        made = Experiences(
+            shards=experiences,
+            whiten=self._whiten(statistics),
+            kl=statistics["kl"] / max(1.0, statistics["actions"]),
+            kl_coef=kl_coef if algorithm.use_kl_loss else 0.0,
+            rollouts=rollouts,
+            scores=scores.tolist(),
+            true_scores=true.rewards if true else None,
+        )
+        of_scores = self._of_scores(scores, clipped, shaped, statistics)
+        return replace(made, metrics=_of_functions(rated, true) | self._metrics(made, statistics) | of_scores)
 
-    def score(self, rollouts: list[Rollout]) -> tuple[list[float], list[float] | None]:
-        """Return the reward of every rollout, and its score by ``--eval_reward_func`` where there is one."""
-        shards = shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id)
-        models = self._ask_models(shards)
-        scores = self._add_up(rollouts, models, self._ask(self.reward_function, rollouts))
+    def score(self, rollouts: list[Rollout]) -> tuple[Rated, list[float] | None]:
+        """Return the rewards of ``rollouts``, and their scores by ``--eval_reward_func`` where there is one."""
+        rated = self.rate(rollouts)
         true = self._ask(self.true_score, rollouts)
-        return scores.tolist(), true.rewards if true else None
+        return rated, true.rewards if true else None
+
+    def rate(self, rollouts: list[Rollout]) -> Rated:
+        """Return what the reward sources say of ``rollouts``."""
+        return self._rate(rollouts, shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id))
+
+    def _rate(self, rollouts: list[Rollout], shards: list[SequenceBatch]) -> Rated:
+        models = self._ask_models(shards)
+        function = self._ask(self.reward_function, rollouts)
+        return Rated(rollouts, self._add_up(rollouts, models, function), function.extra if function else {})
 
     def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
         """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
@@ -214,63 +272,68 @@ class ExperienceMaker:
             raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
         return scores
 
-    def _shape(self, scores: Tensor) -> Tensor:
-        """Return the scores ``(N,)`` after the clip and the group baseline, in that order.
+    def _above_baseline(self, clipped: Tensor, greedy: list[Rollout] | None) -> Tensor:
+        """Return the scores ``(N,)`` less the baseline of the estimator.
 
-        Clipping afterwards would limit how much better than its group an answer is, not the reward itself.
+        The clip comes before: afterwards it would limit how much better than its group an answer is.
         """
-        clipped = scores.clamp(*self.config.reward.reward_clip_range)
-        return self._baseline(clipped, self.config.rollout.n_samples_per_prompt)
+        samples = self.config.rollout.n_samples_per_prompt
+        if greedy is None:
+            return self._baseline(clipped, samples)
+        return self._baseline(clipped, samples, shape_scores(self.config, self.rate(greedy).scores, greedy))
 
-    def _finish(
-        self,
-        rollouts: list[Rollout],
-        experiences: list[Any],
-        statistics: dict[str, float],
-        scores: Tensor,
-        shaped: Tensor,
-        function: RewardResult | None,
-        true: RewardResult | None,
-    ) -> Experiences:
-        """Return the experiences with their metrics."""
-        count, rows = max(1.0, statistics["actions"]), len(rollouts)
-        whiten = whitening(statistics)
-        metrics = {
-            "reward": float(scores.double().mean()),
-            "return": (float(shaped.double().sum()) - self.kl_controller.value * statistics["kl"]) / rows,
+    def _whiten(self, statistics: dict[str, float]) -> tuple[float, float] | None:
+        """Return what the advantages are shifted by and multiplied with, or None."""
+        algorithm = self.config.algorithm
+        if not algorithm.estimator.whiten:
+            return None
+        mean, scale = whitening(statistics)
+        return mean, 1.0 if algorithm.no_advantage_std_norm else scale
+
+    def _metrics(self, made: Experiences, statistics: dict[str, float]) -> dict[str, float]:
+        """Return means over the rollouts and over their actions."""
+        rollouts, count, rows = made.rollouts, max(1.0, statistics["actions"]), len(made.rollouts)
+        mean, scale = whitening(statistics)
+        return {
             "response_length": count / rows,
             "total_length": sum(len(rollout.token_ids) for rollout in rollouts) / rows,
             "truncated_rate": sum(rollout.finish_reason == "length" for rollout in rollouts) / rows,
-            "kl": statistics["kl"] / count,
+            "kl": made.kl,
             "kl_coef": self.kl_controller.value,
             "entropy": -statistics["log_probs"] / count,
-            "advantage_mean": whiten[0],
-            "advantage_std": 1.0 / whiten[1],
+            "advantage_mean": mean,
+            "advantage_std": 1.0 / scale,
             "sync_gap": statistics["sync_gap"] / count,
             "sync_gap_max": statistics["sync_gap_max"],
         }
-        extra = {name: sum(values) / rows for name, values in (function.extra if function else {}).items()}
-        true_score = {"true_score": sum(true.rewards) / rows} if true else {}
-        return Experiences(
-            shards=experiences,
-            whiten=whiten if self.config.algorithm.estimator.whiten else None,
-            kl=statistics["kl"] / count,
-            rollouts=rollouts,
-            scores=scores.tolist(),
-            true_scores=true.rewards if true else None,
-            metrics={**extra, **metrics, **self._of_estimator(statistics, scores), **true_score},
-        )
 
-    def _of_estimator(self, statistics: dict[str, float], scores: Tensor) -> dict[str, float]:
-        """Return how much the estimator has to work with: groups without a difference, the critic's accuracy."""
-        estimator, found = self.config.algorithm.estimator, {}
-        if estimator.needs_group:
-            groups = scores.clamp(*self.config.reward.reward_clip_range)
-            groups = groups.view(-1, self.config.rollout.n_samples_per_prompt)
+    def _of_scores(
+        self, scores: Tensor, clipped: Tensor, shaped: Tensor, statistics: dict[str, float]
+    ) -> dict[str, float]:
+        """Return means of the scores, and how much the estimator has to work with.
+
+        That are groups without a difference, and the accuracy of a critic.
+        """
+        algorithm, reward, rows = self.config.algorithm, self.config.reward, len(scores)
+        in_reward = 0.0 if algorithm.use_kl_loss else self.kl_controller.value * statistics["kl"]
+        found = {
+            "reward": float(scores.double().mean()),
+            "return": (float(shaped.double().sum()) - in_reward) / rows,
+        }
+        if reward.has_length_penalty:
+            found["length_penalty"] = float((scores.clamp(*reward.reward_clip_range) - clipped).double().mean())
+        if algorithm.estimator.needs_group:
+            groups = clipped.view(-1, self.config.rollout.n_samples_per_prompt)
             found["zero_variance_groups"] = float((groups.amax(dim=1) == groups.amin(dim=1)).double().mean())
-        if estimator.needs_critic:
+        if algorithm.estimator.needs_critic:
             found["explained_variance"] = explained_variance(statistics)
         return found
+
+
+def _of_functions(rated: Rated, true: RewardResult | None) -> dict[str, float]:
+    """Return the means of what a reward function gives beside its rewards, and of the true score."""
+    true_score = {"true_score": true.rewards} if true else {}
+    return {name: sum(values) / len(values) for name, values in {**rated.extra, **true_score}.items()}
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:

@@ -7,15 +7,13 @@ supervised loop: ``global_step`` counts rollout steps.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.fingerprint import fingerprint
@@ -29,7 +27,9 @@ from openrlhf.trainer.console import OURS
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
-from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Roles
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Rated, Roles
+from openrlhf.trainer.ppo.filtering import fill
+from openrlhf.trainer.ppo.prompt_stream import PromptStream
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
@@ -39,6 +39,24 @@ OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
 def steps_per_episode(config: PPOConfig, prompts: int) -> int:
     """Return the rollout steps of one pass over the prompts; the last may be short."""
     return math.ceil(prompts / config.rollout.rollout_batch_size)
+
+
+class Collected(NamedTuple):
+    """The samples of a rollout step.
+
+    Attributes:
+        rollouts: samples of one prompt next to each other; none when a filter left no group.
+        drawn: prompts that were asked.
+        greedy: one greedy answer to each prompt, where the estimator needs them.
+        rated: what the reward sources said, where they were asked already.
+        metrics: of how the samples came about.
+    """
+
+    rollouts: list[Rollout]
+    drawn: int
+    greedy: list[Rollout] | None = None
+    rated: Rated | None = None
+    metrics: Mapping[str, float] = {}
 
 
 class PPOLoop:
@@ -56,6 +74,7 @@ class PPOLoop:
 
     Attributes:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
+        epoch_ended: whether the last step took the last prompts of a pass over them.
         evaluating: whether the evaluation after the last step was begun and not finished.
     """
 
@@ -75,7 +94,9 @@ class PPOLoop:
         self.config, self.roles, self.engine, self.weight_sync = config, roles, engine, weight_sync
         self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
         self.callbacks = Callbacks(callbacks)
+        self.stream = PromptStream(prompts, config.batch.seed, config.rollout.num_episodes)
         self.global_step = 0
+        self.epoch_ended = False
         self.evaluating = False
         self._seconds: dict[str, float] = {}
         self._engine_sleeps = False
@@ -87,8 +108,8 @@ class PPOLoop:
 
     @property
     def max_steps(self) -> int:
-        """Rollout steps of the run."""
-        return self.max_epochs * self.steps_per_epoch
+        """Rollout steps of the run; with dynamic filtering the most that the prompts that are left may give."""
+        return self.global_step + self.stream.steps_left(self.config.rollout.rollout_batch_size)
 
     @property
     def max_epochs(self) -> int:
@@ -98,7 +119,7 @@ class PPOLoop:
     @property
     def epoch(self) -> int:
         """The pass, counted from 1, of the rollout step that was done last."""
-        return max(0, self.global_step - 1) // self.steps_per_epoch + 1
+        return max(0, self.stream.position - 1) // len(self.prompts) + 1
 
     @property
     def eval_data(self) -> list[Prompt]:
@@ -107,7 +128,12 @@ class PPOLoop:
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """The figure of an evaluation that says which step was best, the true score if there is one; higher wins."""
+        """The figure of an evaluation that says which step was best, and that higher wins.
+
+        By default it is the true score if there is one, else the reward, over the prompts of all sources.
+        """
+        if self.config.evaluation.best_metric_key:
+            return self.config.evaluation.best_metric_key, True
         figure = "true_score" if self.config.evaluation.eval_reward_func else "reward"
         return f"{figure}_t{self.config.evaluation.eval_temperature[0]:g}", True
 
@@ -132,17 +158,22 @@ class PPOLoop:
 
     def _step(self, prompts: list[Prompt]) -> None:
         """Do one rollout step."""
-        began = time.perf_counter()
+        began, self._seconds = time.perf_counter(), {}
         with rewound_when_stopped(), signals.droppable():
-            rollouts = self._generate(prompts)
-            with self._clock("make_experience"):
-                experiences = self.maker.make(rollouts)
+            batch = self._collect(prompts)
+            if batch.rollouts:
+                with self._clock("make_experience"):
+                    experiences = self.maker.make(batch.rollouts, batch.greedy, batch.rated)
+        if not batch.rollouts:
+            self._pass_over(batch.drawn)
+            return
         with self._clock("train"):
             learned = self.update(experiences)
         self.global_step += 1
+        self._move(batch.drawn)
         self._sync()
         self._keep_samples(experiences)
-        metrics = {**experiences.metrics, **learned, **self._times(time.perf_counter() - began)}
+        metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
         self.callbacks.on_step_end(self, metrics)
 
     def leave_if_asked(self) -> None:
@@ -163,11 +194,14 @@ class PPOLoop:
 
     def prompt_batches(self) -> Iterator[list[Prompt]]:
         """Yield the prompts of the steps that are left; every episode has an order of its own."""
-        size = self.config.rollout.rollout_batch_size
-        while self.global_step < self.max_steps:
-            episode, step = divmod(self.global_step, self.steps_per_epoch)
-            order = _episode_order(len(self.prompts), self.config.batch.seed, episode)
-            yield [self.prompts[row] for row in order[step * size : (step + 1) * size]]
+        while self.stream.left:
+            yield self.stream.ahead(self.config.rollout.rollout_batch_size)
+
+    def _move(self, drawn: int) -> None:
+        """Take ``drawn`` prompts out of the stream."""
+        episode = self.stream.episode
+        self.stream.position += drawn
+        self.epoch_ended = self.stream.episode > episode
 
     def update(self, experiences: Experiences) -> dict[str, float]:
         """Train the policy and the critic, at once unless they share devices; return their metrics over all ranks.
@@ -185,8 +219,9 @@ class PPOLoop:
         if step > self.config.algorithm.freezing_actor_steps or not self.roles.critic:
             with self._naming("actor", experiences):
                 futures = self.roles.policy.run(
-                    PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten
-                )
+                    PolicyWorker.update, experiences.shards, rollout=step, whiten=experiences.whiten,
+                    kl_coef=experiences.kl_coef,
+                )  # fmt: skip
             pending.append(("actor", self.roles.policy, futures))
         metrics: dict[str, float] = {}
         for role, group, futures in pending:
@@ -224,6 +259,7 @@ class PPOLoop:
         """Return the driver's part of a checkpoint, for JSON: position, KL coefficient, and what both rest on."""
         return {
             "global_step": self.global_step,
+            "prompts_taken": self.stream.position,
             "policy_version": self.global_step,
             "evaluating": self.evaluating,
             "kl_controller": self.maker.kl_controller.state_dict(),
@@ -238,9 +274,15 @@ class PPOLoop:
         """
         check_position(state["data"], self._data_facts(), "--prompt_data", allow_change)
         self.global_step = int(state["global_step"])
+        self.stream.position = int(state.get("prompts_taken", self._prompts_of(self.global_step)))
         self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
+
+    def _prompts_of(self, steps: int) -> int:
+        """Return the prompts of so many steps without a filter, which checkpoints once had no number of."""
+        episodes, rest = divmod(steps, self.steps_per_epoch)
+        return episodes * len(self.prompts) + rest * self.config.rollout.rollout_batch_size
 
     def _data_facts(self) -> dict[str, Any]:
         return {"rows": len(self.prompts), "data": self._fingerprint, "steps_per_epoch": self.steps_per_epoch}
@@ -249,7 +291,43 @@ class PPOLoop:
     def _fingerprint(self) -> str:
         return fingerprint(self.prompts)
 
-    def _generate(self, prompts: list[Prompt]) -> list[Rollout]:
+    def _collect(self, prompts: list[Prompt]) -> Collected:
+        """Return the samples to learn from: the answers to ``prompts``, or with dynamic filtering what passed."""
+        rollout = self.config.rollout
+        if not rollout.dynamic_filtering:
+            rollouts, greedy = self._generate(prompts)
+            return Collected(rollouts, len(prompts), greedy)
+        filled = fill(rollout, prompts, lambda wave: self.maker.rate(self._generate(wave)[0]), self._more)
+        metrics = {"dynamic_filtering_pass_rate": filled.pass_rate, "prompts_drawn": float(filled.drawn)}
+        rollouts = filled.rated.rollouts if filled.rated else []
+        return Collected(rollouts, filled.drawn, rated=filled.rated, metrics=metrics)
+
+    def _more(self, count: int, drawn: int) -> list[Prompt]:
+        """Return ``count`` prompts after ``drawn`` that this step has asked, with the engine ready for them."""
+        prompts = self.stream.ahead(count, drawn) if count else []
+        if prompts:
+            self._sync()
+        return prompts
+
+    def _pass_over(self, drawn: int) -> None:
+        """Go on without a step after ``drawn`` prompts, the last of an episode, whose groups were all left out."""
+        low, high = self.config.rollout.dynamic_filtering_reward_range
+        OURS.warning("no group of the last %d prompts of episode %d passed the filter", drawn, self.stream.episode + 1)
+        self._move(drawn)
+        self._sync()
+        if self.stream.left:
+            return
+        if not self.global_step:
+            raise DataError(
+                "--dynamic_filtering left nothing to learn from: no group of answers has a mean score between "
+                f"{low:g} and {high:g}. Set --dynamic_filtering_reward_range, or use prompts that are neither too "
+                "easy nor too hard"
+            )
+        if self.eval_data:
+            self.evaluate()
+
+    def _generate(self, prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout] | None]:
+        """Return the samples, and one greedy answer a prompt where the estimator needs it."""
         rollout = self.config.rollout
         sampling = SamplingParams(
             max_new_tokens=rollout.generate_max_len,
@@ -260,10 +338,12 @@ class PPOLoop:
             step=self.global_step + 1,
         )
         with self._clock("generate"):
-            rollouts = self.engine.generate(prompts, sampling)
+            rollouts, greedy = self.engine.generate(prompts, sampling), None
+            if self.config.algorithm.estimator.needs_greedy:
+                greedy = self.engine.generate(prompts, replace(sampling, temperature=0.0, top_p=1.0, n=1))
             self.engine.sleep()
             self._engine_sleeps = True
-        return rollouts
+        return rollouts, greedy
 
     def _sync(self) -> None:
         """Bring the present weights to the engine, which then is awake."""
@@ -289,15 +369,8 @@ class PPOLoop:
         OURS.debug("phase: %s, after step %d", phase, self.global_step)
         began = time.perf_counter()
         yield
-        self._seconds[phase] = time.perf_counter() - began
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def _times(self, total: float) -> dict[str, float]:
         """Return the seconds of each phase of the step."""
         return {**{f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, "time/step": total}
-
-
-def _episode_order(prompts: int, seed: int, episode: int) -> list[int]:
-    """Return a permutation of the prompts that is the same wherever the run is resumed."""
-    digest = hashlib.sha256(f"prompts/{seed}/{episode}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    return torch.randperm(prompts, generator=generator).tolist()

@@ -18,6 +18,7 @@ from torch import Tensor
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.device import empty_cache
 from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.ops.policy_loss import weight
 from openrlhf.rollout.types import Experience, SequenceBatch
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import StepResult
@@ -93,8 +94,13 @@ class TrainedWorker(Worker):
 
     engine: Any
 
+    @property
+    def reduction(self) -> str:
+        """What the loss is a mean of: ``"token"`` or ``"sequence"``."""
+        return self.config.algorithm.loss_reduction
+
     def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
-        """Return the loss summed over the actions of ``batch``, the load-balancing loss, and metrics."""
+        """Return the loss summed over the actions, or sequences, the load-balancing loss, and metrics."""
         raise NotImplementedError
 
     def after_step(self) -> None:
@@ -133,24 +139,24 @@ class TrainedWorker(Worker):
     def _optimizer_step(
         self, name: str, micro_batches: list[Experience], whiten: tuple[float, float] | None, sums: MetricSums
     ) -> StepResult | None:
-        """Take the step called ``name`` on the token mean over all ranks.
+        """Take the step called ``name`` on the mean over the tokens, or the sequences, of all ranks.
 
         Return None when no rank has an action to learn from, or when the step was left out.
         """
-        tokens = float(sum(int(micro.action_mask.sum()) for micro in micro_batches))
+        share = float(sum(int(weight(micro.action_mask, self.reduction)) for micro in micro_batches))
         filled = float(sum(bool((micro.sample >= 0).any()) for micro in micro_batches))
-        counts = torch.tensor([tokens, filled], dtype=torch.float64, device=self.strategy.device)
-        weight, micros = self.comm.all_reduce(counts).tolist()
-        if not weight:
+        counts = torch.tensor([share, filled], dtype=torch.float64, device=self.strategy.device)
+        whole, micros = self.comm.all_reduce(counts).tolist()
+        if not whole:
             return None
         losses, metrics = [], MetricSums()
         for micro in micro_batches:
-            loss, found = self._whole_loss(micro, whiten, weight / micros)
+            loss, found = self._whole_loss(micro, whiten, whole / micros)
             metrics.add(found)
-            self.engine.backward(loss, weight)
+            self.engine.backward(loss, whole)
             losses.append(loss.detach())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
-        again = [lambda micro=micro: self._whole_loss(micro, whiten, weight / micros)[0] for micro in micro_batches]
+        again = [lambda micro=micro: self._whole_loss(micro, whiten, whole / micros)[0] for micro in micro_batches]
         result = self.guard.step(name, samples, losses, again)
         if result is not None:
             sums.join(metrics)

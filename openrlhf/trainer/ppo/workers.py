@@ -11,8 +11,8 @@ from torch import Tensor
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.models.actor import ActorOutput
 from openrlhf.models.adapters import parameter_counts, trained_names
-from openrlhf.ops.masking import masked_sum, masked_whiten
-from openrlhf.ops.policy_loss import ppo_policy_loss, value_loss
+from openrlhf.ops.masking import masked_sum
+from openrlhf.ops.policy_loss import value_loss, weight
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
@@ -28,7 +28,8 @@ from openrlhf.trainer.ppo.assembly import (
 )
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
-from openrlhf.trainer.ppo.worker_base import TrainedWorker, Worker
+from openrlhf.trainer.ppo.objective import PolicyObjective
+from openrlhf.trainer.ppo.worker_base import Means, TrainedWorker, Worker
 
 
 class PolicyWorker(TrainedWorker):
@@ -38,6 +39,8 @@ class PolicyWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.actor = load_actor(config, strategy)
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
+        self.objective = PolicyObjective(config)
+        self._kl_coef = 0.0
         self.average = WeightAverage(config.algorithm.ema_beta) if config.algorithm.enable_ema else None
         if self.average:
             self.average.start(self._trained(), keep=self.comm.rank == 0)
@@ -86,26 +89,39 @@ class PolicyWorker(TrainedWorker):
         """Return sums over the actions of this rank, for the driver to add up."""
         return add_statistics([experience_statistics(experience) for experience in experiences if len(experience)])
 
+    @property
+    def reduction(self) -> str:
+        """What the loss is a mean of: ``"token"`` or ``"sequence"``."""
+        return self.objective.reduction
+
+    def update(
+        self,
+        experiences: list[Experience],
+        *,
+        rollout: int,
+        whiten: tuple[float, float] | None = None,
+        kl_coef: float = 0.0,
+    ) -> Means:
+        """Learn as every role does; ``kl_coef`` is the weight of the divergence from the reference in the loss."""
+        self._kl_coef = kl_coef
+        return super().update(experiences, rollout=rollout, whiten=whiten)
+
     def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
-        """Return PPO's clipped loss summed over the actions."""
-        mask = batch.action_mask
-        output = self._read(batch)
-        advantages = batch.advantages if whiten is None else masked_whiten(batch.advantages, mask, *whiten)
-        loss, metrics = ppo_policy_loss(
-            output.log_probs, batch.log_probs, advantages, mask, clip=self.config.algorithm.eps_clip
-        )
-        metrics = {"policy_loss": (loss.detach(), mask.sum()), **metrics}
+        """Return the loss of the policy summed over the actions, or sequences."""
+        output = self._read(batch, with_entropy=self.objective.reads_entropy)
+        loss, metrics = self.objective.loss(batch, output, whiten, self._kl_coef)
         return StepOutput(loss, output.aux_loss, metrics)
 
     def _action_log_probs(self, batch: SequenceBatch) -> Tensor:
         return self._read(batch).log_probs
 
-    def _read(self, batch: SequenceBatch) -> ActorOutput:
+    def _read(self, batch: SequenceBatch, with_entropy: bool = False) -> ActorOutput:
         return self.engine(
             batch.sequences,
             batch.attention_mask,
             temperature=scoring_temperature(self.config),
             where=batch.action_mask,
+            with_entropy=with_entropy,
         )
 
     def after_step(self) -> None:
@@ -182,13 +198,15 @@ class CriticWorker(TrainedWorker):
         return self.engine(batch.sequences, batch.attention_mask, read="each")[:, :-1]
 
     def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
-        """Return the clipped squared error summed over the actions."""
-        mask = batch.action_mask
+        """Return the clipped squared error summed over the actions, or sequences."""
+        mask, clip = batch.action_mask, self.config.algorithm.value_clip
         found, aux_loss = self.engine(batch.sequences, batch.attention_mask, read="each", with_aux_loss=True)
         values = found[:, :-1]
-        loss, metrics = value_loss(values, batch.values, batch.returns, mask, clip=self.config.algorithm.value_clip)
-        count = mask.sum()
-        own = {"critic_loss": (loss.detach(), count), "values": (masked_sum(values.detach(), mask), count)}
+        loss, metrics = value_loss(values, batch.values, batch.returns, mask, clip=clip, reduction=self.reduction)
+        own = {
+            "critic_loss": (loss.detach(), weight(mask, self.reduction)),
+            "values": (masked_sum(values.detach(), mask), mask.sum()),
+        }
         return StepOutput(loss, aux_loss, {**own, **metrics})
 
     def export(self, *, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -74,8 +75,10 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
     rollouts = generated(loop)
     worker = loop.roles.rewards[0].worker
     single = worker.score(shard(rollouts, 1, 0))[0].tolist()
-    scores, true_scores = loop.maker.score(rollouts)
-    assert scores == pytest.approx([2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5)
+    rated, true_scores = loop.maker.score(rollouts)
+    assert rated.scores.tolist() == pytest.approx(
+        [2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5
+    )
     assert true_scores is None
 
 
@@ -87,7 +90,7 @@ def test_the_reward_function_sees_query_prompt_and_label(tmp_path):
     )
     config = replace(tiny_ppo_config(tmp_path), reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
     loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
-    assert loop.maker.score(generated(loop, count=3))[0] == [0, 0, 1, 1, 2, 2]
+    assert loop.maker.score(generated(loop, count=3))[0].scores.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path):
@@ -237,3 +240,74 @@ def test_dealing_keeps_order_and_balance():
 def test_prompts_of_different_length_are_made_for_the_tests(tmp_path):
     loop, _ = local_loop(tiny_ppo_config(tmp_path))
     assert len({len(prompt.token_ids) for prompt in tiny_prompts(loop.maker.tokenizer, 6)}) > 1
+
+
+def test_penalties_for_length_come_after_the_clip_and_before_the_baseline(tmp_path):
+    source = CONSTANT.format(values="100.0, 4.0, 4.0, 4.0")
+    penalties = {"overlong_buffer_len": 4.0, "overlong_penalty_factor": 2.0, "stop_properly_penalty_coef": 0.5}
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="reinforce_baseline", init_kl_coef=0.0)
+    reward = RewardConfig(remote_rm_url=reward_file(tmp_path, source), reward_clip_range=(-8.0, 8.0), **penalties)
+    config = with_rollout(replace(config, reward=reward), n_samples_per_prompt=2, generate_max_len=6)
+    loop, _ = local_loop(replace(config, vllm=VLLMConfig(sync_tolerance=1e3)))
+    answers = [[11] * 6, [11] * 2, [11] * 4, [11] * 6]
+    rollouts = [
+        rollout_of(loop.prompts[n // 2], answer, finish_reason="length" if n == 3 else "stop")
+        for n, answer in enumerate(answers)
+    ]
+    made = loop.maker.make(rollouts)
+    (experience,) = made.shards
+    # 8 - 2 and 4; 4 - 1 and 4 * .5 - 2.
+    expected = [1.0, -1.0, 1.5, -1.5]
+    last = [float(row[keep][-1]) for row, keep in zip(experience.returns, experience.action_mask, strict=True)]
+    assert last == pytest.approx(expected)
+    assert made.metrics["length_penalty"] == pytest.approx((2 + 0 + 1 + 4) / 4)
+    assert made.metrics["reward"] == 28.0
+
+
+def test_remax_subtracts_the_reward_of_the_greedy_answer_to_the_same_prompt(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="remax", init_kl_coef=0.0)
+    loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
+    rollouts, greedy = loop._generate(list(loop.prompts[:3]))
+    assert [rollout.prompt.uid for rollout in greedy] == ["0", "1", "2"]
+    again = loop.engine.generate(list(loop.prompts[:3]), SamplingParams(6, temperature=0.0, seed=7))
+    assert [rollout.token_ids for rollout in greedy] == [rollout.token_ids for rollout in again]
+    made = loop.maker.make(rollouts, greedy)
+    baseline = loop.maker.score(greedy)[0].scores.tolist()
+    (experience,) = made.shards
+    for row, keep in enumerate(experience.action_mask):
+        assert float(experience.returns[row][keep][-1]) == pytest.approx(made.scores[row] - baseline[row // 2])
+    assert made.whiten is None
+
+
+def test_advantages_may_be_centred_without_the_division(tmp_path):
+    loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), no_advantage_std_norm=True))
+    made = loop.maker.make(generated(loop, count=8))
+    assert made.whiten == (made.metrics["advantage_mean"], 1.0)
+    assert made.metrics["advantage_std"] != 1.0
+
+
+def test_a_divergence_in_the_loss_is_not_in_the_rewards(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), use_kl_loss=True, kl_estimator="k2", init_kl_coef=0.5)
+    loop, _ = local_loop(config)
+    loop.fit()
+    made = loop.maker.make(generated(loop))
+    assert made.kl > 0 and made.kl_coef == 0.5
+    assert made.metrics["return"] == pytest.approx(made.metrics["reward"])
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo"])
+def test_samples_of_an_engine_that_is_off_are_weighed(tmp_path, loss):
+    correction = {"enable_vllm_is_correction": True, "vllm_is_truncated_threshold": (1.5,)}
+    config = with_algorithm(tiny_ppo_config(tmp_path), policy_loss_type=loss, **correction)
+    loop, _ = local_loop(replace(config, vllm=VLLMConfig(sync_tolerance=1.0)))
+    rollouts = [replace(rollout, log_probs=tuple(p - 0.5 for p in rollout.log_probs)) for rollout in generated(loop)]
+    metrics = loop.update(loop.maker.make(rollouts))
+    assert metrics["vllm_kl"] == pytest.approx(-0.5, abs=1e-4)
+    if loss == "ppo":
+        # exp(.5) is 1.65, cut to 1.5.
+        assert metrics["is_weight"] == pytest.approx(1.5, abs=1e-4)
+        assert metrics["is_outside"] == 1.0
+    else:
+        # The one ratio of a sequence is against the engine: k3 of exp(.5).
+        assert metrics["approx_kl"] == pytest.approx(math.expm1(0.5) - 0.5, abs=1e-4)
+        assert "is_weight" not in metrics

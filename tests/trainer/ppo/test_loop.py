@@ -43,9 +43,23 @@ def learning_config(tmp_path, estimator: str, **rollout):
     return with_algorithm(config, advantage_estimator=estimator, lambd=0.95, init_kl_coef=0.001)
 
 
-@pytest.mark.parametrize(("estimator", "samples"), [("gae", 1), ("reinforce", 1), ("rloo", 2)])
-def test_the_reward_rises(tmp_path, estimator, samples):
-    loop, recorder = local_loop(learning_config(tmp_path, estimator, n_samples_per_prompt=samples), prompts=32)
+GRPO = {"use_kl_loss": True, "kl_estimator": "k3"}
+LEARNING = [
+    ("gae", 1, {}),
+    ("reinforce", 1, {}),
+    pytest.param("reinforce_baseline", 2, {}, marks=pytest.mark.full),
+    ("rloo", 2, {}),
+    pytest.param("group_norm", 2, GRPO, marks=pytest.mark.full),
+    ("dr_grpo", 2, {"policy_loss_type": "cispo", "loss_reduction": "sequence", "entropy_loss_coef": 0.001}),
+    ("group_norm", 2, {"policy_loss_type": "gspo", **GRPO}),
+    ("remax", 2, {}),
+]
+
+
+@pytest.mark.parametrize(("estimator", "samples", "flags"), LEARNING)
+def test_the_reward_rises(tmp_path, estimator, samples, flags):
+    config = with_algorithm(learning_config(tmp_path, estimator, n_samples_per_prompt=samples), **flags)
+    loop, recorder = local_loop(config, prompts=32)
     loop.fit()
     rewards = [step["reward"] for step in recorder.steps]
     assert len(rewards) == 15
@@ -54,7 +68,10 @@ def test_the_reward_rises(tmp_path, estimator, samples):
     wanted = {"policy_loss", "actor_lr", "kl", "reward", "return", "response_length", "total_length", "clip_fraction"}
     times = {f"time/{phase}" for phase in ("generate", "make_experience", "train", "sync", "step")}
     critic = {"critic_loss", "values", "critic_lr"} if estimator == "gae" else set()
-    assert wanted | times | critic <= set(recorder.steps[0])
+    groups = {"zero_variance_groups"} if loop.config.algorithm.estimator.needs_group else set()
+    parts = {"kl_loss"} if "use_kl_loss" in flags else set()
+    parts |= {"policy_entropy"} if "entropy_loss_coef" in flags else set()
+    assert wanted | times | critic | groups | parts <= set(recorder.steps[0])
 
 
 def test_a_learned_reward_is_the_sum_on_the_last_token_less_the_kl(tmp_path):
@@ -123,10 +140,10 @@ def test_the_true_score_is_never_trained_on(tmp_path):
         assert torch.equal(weight, policy_weights(watched)[name])
 
 
-@pytest.mark.parametrize("estimator", ["gae", "reinforce"])
-def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator):
-    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2)
-    config = with_algorithm(config, advantage_estimator=estimator, kl_target=0.05)
+@pytest.mark.parametrize(("estimator", "flags"), [("gae", {}), ("reinforce", {}), ("group_norm", GRPO)])
+def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator, flags):
+    config = with_rollout(tiny_ppo_config(tmp_path), num_episodes=2, n_samples_per_prompt=2)
+    config = with_algorithm(config, advantage_estimator=estimator, kl_target=0.05, **flags)
     whole, recorder = local_loop(config)
     whole.fit()
 
@@ -293,7 +310,8 @@ def test_every_prompt_comes_once_an_episode_and_a_short_step_is_kept(tmp_path):
     seen = []
     for prompts in loop.prompt_batches():
         seen.append([prompt.uid for prompt in prompts])
-        loop.global_step += 1
+        assert loop.max_steps == 6 - len(seen) + 1
+        loop.stream.position += len(prompts)
     assert [len(step) for step in seen] == [6, 6, 4] * 2
     episodes = [sum(seen[:3], []), sum(seen[3:], [])]
     assert sorted(episodes[0]) == sorted(episodes[1]) == sorted(str(number) for number in range(16))
@@ -316,7 +334,7 @@ def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_names_the_prompts(tmp_path, role):
     loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"))
     worker = {"actor": loop.roles.policy, "critic": loop.roles.critic}[role].worker
-    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
     before = {name: weight.clone() for name, weight in worker.engine.named_weights()}
     column = made.shards[0].advantages if role == "actor" else made.shards[0].returns
     column[5] = float("inf")
@@ -332,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_n
 def test_a_step_that_may_be_left_out_is_counted_and_the_run_goes_on(tmp_path):
     config = with_batch(tiny_ppo_config(tmp_path), max_skipped_steps=1, train_batch_size=4, max_epochs=2)
     loop, _ = local_loop(config)
-    made = loop.maker.make(loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
     before = policy_weights(loop)
     made.shards[0].advantages[5] = float("inf")
     metrics = loop.update(made)
