@@ -83,7 +83,6 @@ def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
 
 NOT_YET = {
     "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
-    "use_dynamic_batch": NotYet("PPO does not cut by tokens yet; leave it out", beside="prompt_data"),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
@@ -125,7 +124,10 @@ NO_EFFECT_HERE = {
     "target_margin": NoEffect("it needs --loss simpo", lambda values, gpu: values["loss"] != "simpo"),
     "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
     "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
-    "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
+    **dict.fromkeys(
+        ("train_max_tokens_per_gpu", "rollout_max_tokens_per_gpu"),
+        NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
+    ),
     "use_liger_kernel": NoEffect("Liger's kernels are for GPUs", _on_cpu),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(

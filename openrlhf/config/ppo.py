@@ -81,7 +81,15 @@ class RolloutConfig:
 
     num_episodes: int = flag(1, "Passes over the prompts.", at_least=1)
     rollout_batch_size: int = flag(1024, "Prompts of one rollout step over all ranks.", at_least=1)
-    micro_rollout_batch_size: int = flag(8, "Samples per forward pass when scoring rollouts.", at_least=1)
+    micro_rollout_batch_size: int = flag(
+        8, "Samples per forward pass when scoring rollouts, and when the policy itself generates.", at_least=1
+    )
+    rollout_max_tokens_per_gpu: int | None = flag(
+        None,
+        "Most tokens per rank in one forward pass when scoring rollouts with --use_dynamic_batch; default is "
+        "--train_max_tokens_per_gpu.",
+        at_least=1,
+    )
     n_samples_per_prompt: int = flag(1, "Answers sampled for each prompt.", at_least=1)
     prompt_max_len: int = flag(1024, "Most tokens of a prompt.", at_least=1)
     generate_max_len: int = flag(1024, "Most new tokens of an answer.", at_least=1)
@@ -283,6 +291,12 @@ class PPOConfig:
     def loads_reference(self) -> bool:
         """Whether the reference is a model of its own; with adapters it is the policy without them."""
         return self.algorithm.needs_reference and not self.lora.lora_rank
+
+    @property
+    def scoring_budget(self) -> int | None:
+        """Most tokens of a forward pass on a rank that scores rollouts; None where samples are counted."""
+        train = self.batch.max_tokens_per_gpu
+        return None if train is None else self.rollout.rollout_max_tokens_per_gpu or train
 
     @property
     def critic_source(self) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.datasets.sampler import deal_evenly
 from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
@@ -112,13 +113,26 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
 
 
-def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
-    """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
-    batches, first = [], 0
-    for part in deal(rollouts, parts):
-        batches.append(SequenceBatch.from_rollouts(part, pad_id, first) if part else blank_sequences().select([]))
-        first += len(part)
-    return batches
+def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int, by_tokens: bool = False) -> list[SequenceBatch]:
+    """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows.
+
+    ``sample`` of a batch says which rollouts it has: consecutive ones, or with ``by_tokens`` those that give all
+    batches like many tokens.
+    """
+    if by_tokens:
+        lengths = {sample: len(rollout.token_ids) for sample, rollout in enumerate(rollouts)}
+        longest_first = dict(sorted(lengths.items(), key=lambda item: -item[1]))
+        dealt = [sorted(part) for part in deal_evenly(longest_first, parts, math.ceil(len(rollouts) / parts))]
+    else:
+        dealt = deal(range(len(rollouts)), parts)
+    return [_batch_of(rollouts, samples, pad_id) for samples in dealt]
+
+
+def _batch_of(rollouts: Sequence[Rollout], samples: Sequence[int], pad_id: int) -> SequenceBatch:
+    if not samples:
+        return blank_sequences().select([])
+    batch = SequenceBatch.from_rollouts([rollouts[sample] for sample in samples], pad_id)
+    return replace(batch, sample=torch.tensor(samples))
 
 
 class PolicyEngine:
@@ -189,7 +203,7 @@ class ExperienceMaker:
             DataError: no answer has a token to learn from.
         """
         roles, parts = self.roles, self.roles.shards
-        shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
+        shards = self._shard(rollouts)
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
         reference = self._ask_reference(shards) if self.config.algorithm.needs_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
@@ -225,12 +239,16 @@ class ExperienceMaker:
 
     def rate(self, rollouts: list[Rollout]) -> Rated:
         """Return what the reward sources say of ``rollouts``."""
-        return self._rate(rollouts, shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id))
+        return self._rate(rollouts, self._shard(rollouts))
+
+    def _shard(self, rollouts: list[Rollout]) -> list[SequenceBatch]:
+        by_tokens = self.config.batch.use_dynamic_batch
+        return shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id, by_tokens)
 
     def _rate(self, rollouts: list[Rollout], shards: list[SequenceBatch]) -> Rated:
         models = self._ask_models(shards)
         function = self._ask(self.reward_function, rollouts)
-        return Rated(rollouts, self._add_up(rollouts, models, function), function.extra if function else {})
+        return Rated(rollouts, self._add_up(rollouts, shards, models, function), function.extra if function else {})
 
     def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
         """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
@@ -258,10 +276,14 @@ class ExperienceMaker:
             return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
-        self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None
+        self,
+        rollouts: list[Rollout],
+        shards: list[SequenceBatch],
+        models: list[tuple[WorkerGroup, list[Any]]],
+        function: RewardResult | None,
     ) -> Tensor:
         """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
-        columns = [torch.cat(group.get(futures)).double() for group, futures in models]
+        columns = [_joined(shards, group.get(futures)).double() for group, futures in models]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
         scores = torch.stack(columns).sum(dim=0)
@@ -337,5 +359,10 @@ def _of_functions(rated: Rated, true: RewardResult | None) -> dict[str, float]:
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:
-    """Return ``column`` ``(N,)`` cut at the borders of ``shards``."""
-    return list(column.split([len(part) for part in shards]))
+    """Return the entries of ``column`` ``(N,)`` that belong to the rollouts of each shard."""
+    return [column[part.sample] for part in shards]
+
+
+def _joined(shards: list[SequenceBatch], columns: list[Tensor]) -> Tensor:
+    """Return ``(N,)`` in the order of the rollouts, of which ``columns`` holds what belongs to each shard."""
+    return torch.cat(columns)[torch.cat([part.sample for part in shards]).argsort()]
