@@ -138,12 +138,16 @@ def _for_workers(config: PPOConfig) -> PPOConfig:
     rewards = ",".join(_absolute(path) for path in model.reward_models) or None
     critic = model.critic_pretrain and _absolute(model.critic_pretrain)
     placed = replace(model, pretrain=_absolute(model.pretrain), reward_pretrain=rewards, critic_pretrain=critic)
-    return replace(config, model=placed, logging=replace(config.logging, use_wandb=None))
+    texts = config.prompts.pretrain_data
+    prompts = replace(config.prompts, pretrain_data=texts and ",".join(map(_absolute, texts.split(","))))
+    logging = replace(config.logging, use_wandb=None, run_path=str(Path(config.logging.run_path).absolute()))
+    return replace(config, model=placed, prompts=prompts, logging=logging)
 
 
 def _absolute(path: str) -> str:
-    """Return a local folder as an absolute path, and the name of a hub model as it is."""
-    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
+    """Return what is on this disk as an absolute path, and a name of the hub as it is."""
+    local = Path(path.strip()).expanduser()
+    return str(local.absolute()) if local.exists() else path
 
 
 if __name__ == "__main__":

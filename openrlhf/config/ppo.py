@@ -227,7 +227,7 @@ class PromptDataConfig:
     tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
     too_long: str = flag("cut", TOO_LONG_HELP, choices=TOO_LONG)
     special_tokens_in_text: str | None = flag(None, SPELLED_HELP, choices=SPELLED)
-    pretrain_data: str | None = flag(None, "Texts of the language-model loss of PPO-ptx.")
+    pretrain_data: str | None = flag(None, "Texts of PPO-ptx: column text, else --input_key.")
     pretrain_data_probs: str = flag("1.0", "Mixing probability of each text data set, separated by commas.")
     pretrain_split: str = flag("train", "Split of the texts.")
 
@@ -235,6 +235,7 @@ class PromptDataConfig:
         if self.prompt_data is None:
             return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
         found = source_problems("prompt_data", self.prompt_data, self.prompt_data_probs)
+        found += source_problems("pretrain_data", self.pretrain_data, self.pretrain_data_probs)
         return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 

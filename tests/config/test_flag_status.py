@@ -18,7 +18,6 @@ SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
     "ring_attn_size": ["2"],
-    "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
 }

@@ -30,6 +30,8 @@ DIAGONAL = [
     ["prm", False, 0, 1],
     ["policy", True, 3, 2],
     ["policy", False, 1, 1],
+    ["ptx", True, 3, 4],
+    ["ptx", False, 2, 1],
     ["dual", True, 3, 1],
     ["dual", False, 0, 4],
     ["gspo", True, 2, 2],
@@ -108,6 +110,6 @@ def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_ri
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
-    assert len(cases) == 12 * 48 / 2
+    assert len(cases) == 13 * 48 / 2
     largest = check(tmp_path, ranks, cases, timeout=800)
     print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")

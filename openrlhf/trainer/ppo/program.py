@@ -24,6 +24,7 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 from openrlhf.trainer.profiling import Profiling, of_groups
@@ -40,6 +41,7 @@ class Inputs:
     Attributes:
         tokenizer: the policy's.
         prompts: training prompts.
+        texts: of ``--pretrain_data``, or None.
         eval_prompts: evaluation prompts; empty without ``--eval_dataset``.
         reward_function: of ``--remote_rm_url FILE.py``, or None.
         true_score: of ``--eval_reward_func``, or None.
@@ -61,6 +63,7 @@ class Inputs:
         self.true_score = RewardFunction(eval_file) if eval_file else None
         data = config.prompts
         self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")
+        self.texts = load_texts(config, self.tokenizer) if data.pretrain_data else None
         wanted = config.evaluation.eval_dataset
         self.eval_prompts = self._load(wanted, None, config.evaluation.eval_split, "--eval_dataset") if wanted else []
 
@@ -152,7 +155,8 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         f"run      {run.path}",
         f"where    {placement[0]}, ZeRO-{config.deepspeed.zero_stage}, {precision}",
         *(f"         {line.strip()}" for line in placement[1:]),
-        f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate",
+        f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate"
+        + (f", {len(inputs.texts):,} texts" if inputs.texts else ""),
         *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.device import empty_cache
+from openrlhf.errors import NumericError
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.ops.policy_loss import weight
 from openrlhf.rollout.types import Experience, SequenceBatch
@@ -113,6 +114,13 @@ class TrainedWorker(Worker):
         """Return the loss summed over the actions, or sequences, the load-balancing loss, and metrics."""
         raise NotImplementedError
 
+    def learn_beside(self) -> MetricSums:
+        """Add the gradients of a further loss to those of a step, before it is taken; return the metrics."""
+        return MetricSums()
+
+    def look_beside(self, error: NumericError) -> None:
+        """Raise NumericError when it was the further loss that spoilt a step, which failed with ``error``."""
+
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
@@ -165,9 +173,14 @@ class TrainedWorker(Worker):
             metrics.add(found)
             self.engine.backward(loss, whole)
             losses.append(loss.detach())
+        metrics.join(self.learn_beside())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
         again = [lambda micro=micro: self._whole_loss(micro, whiten, whole / micros)[0] for micro in micro_batches]
-        result = self.guard.step(name, samples, losses, again)
+        try:
+            result = self.guard.step(name, samples, losses, again)
+        except NumericError as error:
+            self.look_beside(error)
+            raise
         if result is not None:
             sums.join(metrics)
             self.after_step()
