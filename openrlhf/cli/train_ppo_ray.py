@@ -17,7 +17,7 @@ from openrlhf.cli.common import run
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
-from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.ray.placement import ENGINES, PROCESS, Placement
 from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run
 
@@ -84,6 +84,7 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
     from openrlhf.ray.slots import reserve
     from openrlhf.ray.weight_sync import RayWeightSync
     from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
+    from openrlhf.trainer.ppo.process import ProcessRewardWorker
     from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
     slots = reserve(placement, resource, RESERVE_S)
@@ -102,9 +103,12 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
         pending += groups["ref"].setup(ReferenceWorker, remote)
     for role, path in zip(placement.rewards, remote.model.reward_models, strict=True):
         pending += groups[role.name].setup(RewardWorker, remote, path=path)
+    if PROCESS in groups:
+        pending += groups[PROCESS].setup(ProcessRewardWorker, remote)
     rewards = [groups[role.name] for role in placement.rewards]
     critic, reference = groups.get("critic"), groups.get("ref")
-    roles = Roles(groups["actor"], critic, reference, rewards, shared=placement.learners_share)
+    process, shared = groups.get(PROCESS), placement.learners_share
+    roles = Roles(groups["actor"], critic, reference, rewards, process, shared=shared)
     watch.get(pending)
     if engines is None:
         engine = PolicyEngine(roles.policy)
@@ -141,7 +145,8 @@ def _for_workers(config: PPOConfig) -> PPOConfig:
     texts = config.prompts.pretrain_data
     prompts = replace(config.prompts, pretrain_data=texts and ",".join(map(_absolute, texts.split(","))))
     logging = replace(config.logging, use_wandb=None, run_path=str(Path(config.logging.run_path).absolute()))
-    return replace(config, model=placed, prompts=prompts, logging=logging)
+    reward = replace(config.reward, prm_pretrain=config.reward.prm_pretrain and _absolute(config.reward.prm_pretrain))
+    return replace(config, model=placed, prompts=prompts, reward=reward, logging=logging)
 
 
 def _absolute(path: str) -> str:

@@ -177,6 +177,9 @@ NO_EFFECT_HERE = {
         ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
         NoEffect("it needs --enable_vllm_is_correction", _unset("enable_vllm_is_correction")),
     ),
+    **dict.fromkeys(
+        ("prm_placeholder_token", "prm_reward_tokens"), NoEffect("it needs --prm_pretrain", _unset("prm_pretrain"))
+    ),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(

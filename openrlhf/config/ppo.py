@@ -136,6 +136,11 @@ class RewardConfig:
     """Rewards."""
 
     remote_rm_url: str | None = flag(None, "A .py file with reward_func(queries, prompts, labels), or endpoints.")
+    prm_pretrain: str | None = flag(None, "Process reward model (train_prm): a reward at the end of each step.")
+    prm_placeholder_token: str | None = flag(None, "The token with which the policy ends a step.")
+    prm_reward_tokens: tuple[str, ...] | None = flag(
+        None, "Tokens that a step is judged with, the positive one first; its probability is the reward."
+    )
     normalize_reward: bool = flag(False, "Normalise with the mean and std stored in the reward model's config.json.")
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Lowest and highest reward of a sample.")
     label_key: str | None = flag(None, "Column of the reference answer that reward functions get.")
@@ -158,6 +163,19 @@ class RewardConfig:
         """The python reward file, or None."""
         first = (self.remote_rm_url or "").split(",")[0].strip()
         return first if first.endswith(".py") else None
+
+    def prm_problems(self) -> list[str]:
+        """Return what is missing to read a process reward model."""
+        if not self.prm_pretrain:
+            return []
+        found, tokens = [], self.prm_reward_tokens or ()
+        if not self.prm_placeholder_token:
+            found.append("--prm_pretrain needs --prm_placeholder_token, the token with which the policy ends a step")
+        if len(set(tokens)) < max(2, len(tokens)):
+            found.append(
+                "--prm_pretrain needs --prm_reward_tokens: two different tokens or more, the positive one first"
+            )
+        return found
 
     def problems(self) -> list[str]:
         low, high = self.reward_clip_range
@@ -235,7 +253,8 @@ class PromptDataConfig:
         if self.prompt_data is None:
             return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
         found = source_problems("prompt_data", self.prompt_data, self.prompt_data_probs)
-        found += source_problems("pretrain_data", self.pretrain_data, self.pretrain_data_probs)
+        if self.pretrain_data is not None:
+            found += source_problems("pretrain_data", self.pretrain_data, self.pretrain_data_probs)
         return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
@@ -327,8 +346,14 @@ class PPOConfig:
                 f"--advantage_estimator {name} compares answers to one prompt: "
                 f"--n_samples_per_prompt must be above 1, it is {samples}"
             )
-        if not self.model.reward_models and not self.reward.remote_rm_url:
+        if not (self.model.reward_models or self.reward.remote_rm_url or self.reward.prm_pretrain):
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        found += self.reward.prm_problems()
+        if self.reward.prm_pretrain and estimator.estimator.rescales:
+            found.append(
+                f"--prm_pretrain gives rewards within an answer, and --advantage_estimator "
+                f"{estimator.advantage_estimator} divides by the spread of whole ones: take rloo or dr_grpo"
+            )
         if self.rollout.dynamic_filtering and estimator.estimator.needs_greedy:
             name = estimator.advantage_estimator
             found.append(f"--dynamic_filtering and --advantage_estimator {name} exclude each other: drop one")

@@ -66,6 +66,20 @@ def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str,
     return strategy.prepare_eval(value_model, offload=config.reward.ref_reward_offload)
 
 
+def load_process_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, tokenizer: Any) -> Any:
+    """Return the process reward model, ready to score. Raises DataError when it has another vocabulary."""
+    path, flag = config.reward.prm_pretrain, "--prm_pretrain"
+    check_vocabulary(path, tokenizer, config.model, flag)
+    model = load_causal_lm(
+        path,
+        replace(config.model, gradient_checkpointing=False),
+        lora=config.lora.without_adapters,
+        context=partial(strategy.loading_context, train=False),
+        flag=flag,
+    )
+    return strategy.prepare_eval(_without_padding(Actor(model), config), offload=config.reward.ref_reward_offload)
+
+
 def _without_padding(model: Any, config: PPOConfig) -> Any:
     """Return ``model``, for which padding that cannot be removed is an error where a flag counts on it."""
     flags = {

@@ -24,6 +24,7 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.process import step_tokens
 from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
@@ -58,6 +59,9 @@ class Inputs:
         )
         for path in config.model.reward_models:
             check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
+        if config.reward.prm_pretrain:
+            check_vocabulary(config.reward.prm_pretrain, self.tokenizer, config.model, "--prm_pretrain")
+            step_tokens(config, self.tokenizer)
         reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
         self.reward_function = RewardFunction(reward_file) if reward_file else None
         self.true_score = RewardFunction(eval_file) if eval_file else None
@@ -101,6 +105,8 @@ def _check_folders(config: PPOConfig) -> None:
             normalize_reward=config.reward.normalize_reward,
             flag="--reward_pretrain",
         )
+    if prm := config.reward.prm_pretrain:
+        check_language_model(prm, trust_remote_code=model.trust_remote_code, flag="--prm_pretrain")
     if model.critic_pretrain:
         check_model(model.critic_pretrain, trust_remote_code=model.trust_remote_code, flag="--critic_pretrain")
 

@@ -31,6 +31,7 @@ from openrlhf.trainer.ppo.assembly import (
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
 from openrlhf.trainer.ppo.objective import PolicyObjective
+from openrlhf.trainer.ppo.process import Steps, laid_out, step_tokens
 from openrlhf.trainer.ppo.texts import check_texts, load_pretrain_texts
 from openrlhf.trainer.ppo.worker_base import Means, TrainedWorker, Worker
 
@@ -72,6 +73,7 @@ class PolicyWorker(TrainedWorker):
         values: list[Tensor | None],
         scores: list[Tensor],
         shaped: list[Tensor],
+        steps: list[Steps] | None = None,
         *,
         kl_coef: float,
     ) -> list[Experience]:
@@ -84,10 +86,19 @@ class PolicyWorker(TrainedWorker):
             values: ``(B, T)`` of the critic, or None when there is none.
             scores: ``(B,)`` what the reward sources gave.
             shaped: ``(B,)`` the clipped scores after the group baseline: what is learned from.
+            steps: rewards of the steps of every answer, in ``scores`` and ``shaped`` already; None without any.
             kl_coef: weight of the KL in the token rewards.
         """
         columns = zip(batches, log_probs, ref_log_probs, values, scores, shaped, strict=True)
-        return [make_experience(self.config.algorithm, *column, kl_coef=kl_coef) for column in columns]
+        placed = [None] * len(batches) if steps is None else self._laid_out(batches, steps)
+        return [
+            make_experience(self.config.algorithm, *column, kl_coef=kl_coef, steps=found)
+            for column, found in zip(columns, placed, strict=True)
+        ]
+
+    def _laid_out(self, batches: list[SequenceBatch], steps: list[Steps]) -> list[Tensor]:
+        placeholder = step_tokens(self.config, self.tokenizer).placeholder
+        return [laid_out(batch, rows, placeholder) for batch, rows in zip(batches, steps, strict=True)]
 
     def statistics(self, experiences: list[Experience]) -> dict[str, float]:
         """Return sums over the actions of this rank, for the driver to add up."""
