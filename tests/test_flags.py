@@ -64,6 +64,7 @@ EXTRA = {
     "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
     "train_ppo_ray": {
         *EVERYWHERE,
+        *("rollout_max_tokens_per_gpu", "prm_pretrain", "prm_placeholder_token", "prm_reward_tokens"),
         *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
         *("kl_estimator", "use_kl_loss", "kl_horizon", "no_advantage_std_norm", "policy_loss_type", "loss_reduction"),
         *("eps_clip_low_high", "dual_clip", "entropy_loss_coef", "overlong_buffer_len", "overlong_penalty_factor"),

@@ -17,7 +17,7 @@ from openrlhf.cli.common import run
 from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
-from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.ray.placement import ENGINES, PROCESS, Placement
 from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run
 
@@ -84,6 +84,7 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
     from openrlhf.ray.slots import reserve
     from openrlhf.ray.weight_sync import RayWeightSync
     from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
+    from openrlhf.trainer.ppo.process import ProcessRewardWorker
     from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
     slots = reserve(placement, resource, RESERVE_S)
@@ -102,9 +103,12 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
         pending += groups["ref"].setup(ReferenceWorker, remote)
     for role, path in zip(placement.rewards, remote.model.reward_models, strict=True):
         pending += groups[role.name].setup(RewardWorker, remote, path=path)
+    if PROCESS in groups:
+        pending += groups[PROCESS].setup(ProcessRewardWorker, remote)
     rewards = [groups[role.name] for role in placement.rewards]
     critic, reference = groups.get("critic"), groups.get("ref")
-    roles = Roles(groups["actor"], critic, reference, rewards, shared=placement.learners_share)
+    process, shared = groups.get(PROCESS), placement.learners_share
+    roles = Roles(groups["actor"], critic, reference, rewards, process, shared=shared)
     watch.get(pending)
     if engines is None:
         engine = PolicyEngine(roles.policy)
@@ -138,12 +142,17 @@ def _for_workers(config: PPOConfig) -> PPOConfig:
     rewards = ",".join(_absolute(path) for path in model.reward_models) or None
     critic = model.critic_pretrain and _absolute(model.critic_pretrain)
     placed = replace(model, pretrain=_absolute(model.pretrain), reward_pretrain=rewards, critic_pretrain=critic)
-    return replace(config, model=placed, logging=replace(config.logging, use_wandb=None))
+    texts = config.prompts.pretrain_data
+    prompts = replace(config.prompts, pretrain_data=texts and ",".join(map(_absolute, texts.split(","))))
+    logging = replace(config.logging, use_wandb=None, run_path=str(Path(config.logging.run_path).absolute()))
+    reward = replace(config.reward, prm_pretrain=config.reward.prm_pretrain and _absolute(config.reward.prm_pretrain))
+    return replace(config, model=placed, prompts=prompts, reward=reward, logging=logging)
 
 
 def _absolute(path: str) -> str:
-    """Return a local folder as an absolute path, and the name of a hub model as it is."""
-    return str(Path(path).expanduser().absolute()) if Path(path).expanduser().is_dir() else path
+    """Return what is on this disk as an absolute path, and a name of the hub as it is."""
+    local = Path(path.strip()).expanduser()
+    return str(local.absolute()) if local.exists() else path
 
 
 if __name__ == "__main__":

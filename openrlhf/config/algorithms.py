@@ -16,6 +16,7 @@ class Estimator:
         needs_critic: advantages come from a trained critic (GAE); otherwise from discounted returns.
         needs_group: compares the samples of one prompt, so ``--n_samples_per_prompt`` must be above 1.
         needs_greedy: the baseline also takes the scores ``(P,)`` of one greedy answer to each prompt.
+        rescales: the baseline divides scores too, so the rewards of single steps could not be compared with them.
         whiten: advantages are normalised over all action tokens of the rollout batch and all ranks.
     """
 
@@ -23,6 +24,7 @@ class Estimator:
     needs_critic: bool = False
     needs_group: bool = False
     needs_greedy: bool = False
+    rescales: bool = False
     whiten: bool = False
 
     @property
@@ -45,7 +47,7 @@ ESTIMATORS = {
     # Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740
     "rloo": Estimator(f"{_ADVANTAGES}:rloo", needs_group=True, whiten=True),
     # GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300
-    "group_norm": Estimator(f"{_ADVANTAGES}:group_norm", needs_group=True),
+    "group_norm": Estimator(f"{_ADVANTAGES}:group_norm", needs_group=True, rescales=True),
     # Liu et al. 2025, https://arxiv.org/abs/2503.20783
     "dr_grpo": Estimator(f"{_ADVANTAGES}:group_mean", needs_group=True),
     # Li et al. 2023, https://arxiv.org/abs/2310.10505

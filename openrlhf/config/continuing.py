@@ -15,7 +15,7 @@ from openrlhf.config.flags import flag_table
 FREE_GROUPS = {"checkpoint", "logging", "evaluation", "placement", "vllm", "data", "prompts"}
 FREE_FLAGS = {
     *("micro_train_batch_size", "micro_rollout_batch_size", "gradient_checkpointing"),
-    *("use_dynamic_batch", "train_max_tokens_per_gpu", "ring_head_stride"),
+    *("use_dynamic_batch", "train_max_tokens_per_gpu", "rollout_max_tokens_per_gpu", "ring_head_stride"),
     *("gradient_checkpointing_use_reentrant", "flash_attn", "packing_samples", "ref_reward_offload"),
     *("ref_offload", "teacher_offload", "precompute_ref_log_probs"),
     *("zpg", "overlap_comm", "local_rank", "collective_timeout", "actor_init_on_gpu", "perf", "save_value_network"),

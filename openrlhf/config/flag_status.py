@@ -95,8 +95,6 @@ def _of_pair_losses(name: str) -> NoEffect:
 
 NOT_YET = {
     "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
-    "use_dynamic_batch": NotYet("PPO does not cut by tokens yet; leave it out", beside="prompt_data"),
-    "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
@@ -138,7 +136,10 @@ NO_EFFECT_HERE = {
     **{name: _of_pair_losses(name) for name in _pair_loss_flags()},
     "ring_head_stride": NoEffect("it needs --ring_attn_size", lambda values, gpu: values["ring_attn_size"] == 1),
     "micro_train_batch_size": NoEffect("--use_dynamic_batch takes its place", _set("use_dynamic_batch")),
-    "train_max_tokens_per_gpu": NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
+    **dict.fromkeys(
+        ("train_max_tokens_per_gpu", "rollout_max_tokens_per_gpu"),
+        NoEffect("it needs --use_dynamic_batch", _unset("use_dynamic_batch")),
+    ),
     "use_liger_kernel": NoEffect("Liger's kernels are for GPUs", _on_cpu),
     "flash_attn": NoEffect("the fastest attention of the machine is chosen without it"),
     "zpg": NoEffect(
@@ -188,6 +189,9 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(
         ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
         NoEffect("it needs --enable_vllm_is_correction", _unset("enable_vllm_is_correction")),
+    ),
+    **dict.fromkeys(
+        ("prm_placeholder_token", "prm_reward_tokens"), NoEffect("it needs --prm_pretrain", _unset("prm_pretrain"))
     ),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),

@@ -81,7 +81,15 @@ class RolloutConfig:
 
     num_episodes: int = flag(1, "Passes over the prompts.", at_least=1)
     rollout_batch_size: int = flag(1024, "Prompts of one rollout step over all ranks.", at_least=1)
-    micro_rollout_batch_size: int = flag(8, "Samples per forward pass when scoring rollouts.", at_least=1)
+    micro_rollout_batch_size: int = flag(
+        8, "Samples per forward pass when scoring rollouts, and when the policy itself generates.", at_least=1
+    )
+    rollout_max_tokens_per_gpu: int | None = flag(
+        None,
+        "Most tokens per rank in one forward pass when scoring rollouts with --use_dynamic_batch; default is "
+        "--train_max_tokens_per_gpu.",
+        at_least=1,
+    )
     n_samples_per_prompt: int = flag(1, "Answers sampled for each prompt.", at_least=1)
     prompt_max_len: int = flag(1024, "Most tokens of a prompt.", at_least=1)
     generate_max_len: int = flag(1024, "Most new tokens of an answer.", at_least=1)
@@ -128,6 +136,11 @@ class RewardConfig:
     """Rewards."""
 
     remote_rm_url: str | None = flag(None, "A .py file with reward_func(queries, prompts, labels), or endpoints.")
+    prm_pretrain: str | None = flag(None, "Process reward model (train_prm): a reward at the end of each step.")
+    prm_placeholder_token: str | None = flag(None, "The token with which the policy ends a step.")
+    prm_reward_tokens: tuple[str, ...] | None = flag(
+        None, "Tokens that a step is judged with, the positive one first; its probability is the reward."
+    )
     normalize_reward: bool = flag(False, "Normalise with the mean and std stored in the reward model's config.json.")
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Lowest and highest reward of a sample.")
     label_key: str | None = flag(None, "Column of the reference answer that reward functions get.")
@@ -150,6 +163,19 @@ class RewardConfig:
         """The python reward file, or None."""
         first = (self.remote_rm_url or "").split(",")[0].strip()
         return first if first.endswith(".py") else None
+
+    def prm_problems(self) -> list[str]:
+        """Return what is missing to read a process reward model."""
+        if not self.prm_pretrain:
+            return []
+        found, tokens = [], self.prm_reward_tokens or ()
+        if not self.prm_placeholder_token:
+            found.append("--prm_pretrain needs --prm_placeholder_token, the token with which the policy ends a step")
+        if len(set(tokens)) < max(2, len(tokens)):
+            found.append(
+                "--prm_pretrain needs --prm_reward_tokens: two different tokens or more, the positive one first"
+            )
+        return found
 
     def problems(self) -> list[str]:
         low, high = self.reward_clip_range
@@ -219,7 +245,7 @@ class PromptDataConfig:
     tokenizer_chat_template: str | None = flag(None, "Jinja chat template to use instead of the tokenizer's.")
     too_long: str = flag("cut", TOO_LONG_HELP, choices=TOO_LONG)
     special_tokens_in_text: str | None = flag(None, SPELLED_HELP, choices=SPELLED)
-    pretrain_data: str | None = flag(None, "Texts of the language-model loss of PPO-ptx.")
+    pretrain_data: str | None = flag(None, "Texts of PPO-ptx: column text, else --input_key.")
     pretrain_data_probs: str = flag("1.0", "Mixing probability of each text data set, separated by commas.")
     pretrain_split: str = flag("train", "Split of the texts.")
 
@@ -227,6 +253,8 @@ class PromptDataConfig:
         if self.prompt_data is None:
             return ["--prompt_data is missing: name a folder, a .jsonl file, or a hub data set with prompts"]
         found = source_problems("prompt_data", self.prompt_data, self.prompt_data_probs)
+        if self.pretrain_data is not None:
+            found += source_problems("pretrain_data", self.pretrain_data, self.pretrain_data_probs)
         return found + ([] if self.apply_chat_template else template_problems(self.input_template))
 
 
@@ -285,6 +313,12 @@ class PPOConfig:
         return self.algorithm.needs_reference and not self.lora.lora_rank
 
     @property
+    def scoring_budget(self) -> int | None:
+        """Most tokens of a forward pass on a rank that scores rollouts; None where samples are counted."""
+        train = self.batch.max_tokens_per_gpu
+        return None if train is None else self.rollout.rollout_max_tokens_per_gpu or train
+
+    @property
     def critic_source(self) -> str | None:
         """Where the critic starts from; None when the estimator needs none."""
         if not self.algorithm.estimator.needs_critic:
@@ -312,8 +346,14 @@ class PPOConfig:
                 f"--advantage_estimator {name} compares answers to one prompt: "
                 f"--n_samples_per_prompt must be above 1, it is {samples}"
             )
-        if not self.model.reward_models and not self.reward.remote_rm_url:
+        if not (self.model.reward_models or self.reward.remote_rm_url or self.reward.prm_pretrain):
             found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        found += self.reward.prm_problems()
+        if self.reward.prm_pretrain and estimator.estimator.rescales:
+            found.append(
+                f"--prm_pretrain gives rewards within an answer, and --advantage_estimator "
+                f"{estimator.advantage_estimator} divides by the spread of whole ones: take rloo or dr_grpo"
+            )
         if self.rollout.dynamic_filtering and estimator.estimator.needs_greedy:
             name = estimator.advantage_estimator
             found.append(f"--dynamic_filtering and --advantage_estimator {name} exclude each other: drop one")

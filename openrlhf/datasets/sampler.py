@@ -104,17 +104,25 @@ class StepSampler:
     def _balanced(self, rows: list[int], lengths: Sequence[int]) -> list[list[int]]:
         """Return the micro-batches of a step over all ranks, equally many for each, the largest first."""
         tokens = {row: int(lengths[row]) for row in rows}
-        budget, ranks = self.max_tokens, self.world_size
-        if budget is None:
-            share = -(-len(rows) // ranks)
-            return deal_evenly(tokens, -(-share // self.micro_batch_size) * ranks, self.micro_batch_size)
-        least = sum(min(length, budget) for length in tokens.values())
-        parts = -(-least // (budget * ranks)) * ranks
-        while True:
-            dealt = deal_evenly(tokens, parts, len(rows))
-            if all(len(part) < 2 or sum(tokens[row] for row in part) <= budget for part in dealt):
-                return dealt
-            parts += ranks
+        if self.max_tokens is not None:
+            return cut_by_tokens(tokens, self.max_tokens, self.world_size)
+        share = -(-len(rows) // self.world_size)
+        return deal_evenly(tokens, -(-share // self.micro_batch_size) * self.world_size, self.micro_batch_size)
+
+
+def cut_by_tokens(tokens: Mapping[int, int], budget: int, multiple: int = 1) -> list[list[int]]:
+    """Return the rows of ``tokens``, which maps them to their lengths, in lists of like many tokens.
+
+    No list has more than ``budget`` tokens unless it is one longer row. There are about as few as that takes, in a
+    multiple of ``multiple``, and the one with the most tokens comes first. The longest row should come first.
+    """
+    least = sum(min(length, budget) for length in tokens.values())
+    parts = -(-least // (budget * multiple)) * multiple
+    while True:
+        dealt = deal_evenly(tokens, parts, len(tokens))
+        if all(len(part) < 2 or sum(tokens[row] for row in part) <= budget for part in dealt):
+            return dealt
+        parts += multiple
 
 
 def deal_evenly(tokens: Mapping[int, int], parts: int, most_rows: int) -> list[list[int]]:

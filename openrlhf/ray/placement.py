@@ -14,6 +14,8 @@ from openrlhf.errors import UsageError
 
 SHARED_GPU_MEMORY = 0.4
 ENGINES = "vllm"
+PROCESS = "prm"
+"""The process reward model, which is placed as reward models are."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Placement:
 
     Attributes:
         roles: worker groups: ``actor``; ``critic`` when advantages need one; ``ref`` when a KL penalty needs a model
-            of its own; ``reward``, ``reward-2``, ... one for each reward model.
+            of its own; ``reward``, ``reward-2``, ... one for each reward model; ``prm`` for one of
+            processes.
         engines: vLLM engines; 0 means that the policy generates.
         tensor_parallel: devices of one engine.
         engine_pool: pool of the engines.
@@ -183,6 +186,9 @@ def _roles(config: PPOConfig) -> tuple[Role, ...]:
         name = "reward" if number == 1 else f"reward-{number}"
         pool = everywhere or ("critic" if with_critic else name)
         roles.append(Role(name, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
+    if config.reward.prm_pretrain:
+        pool = everywhere or ("critic" if with_critic else PROCESS)
+        roles.append(Role(PROCESS, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
     return tuple(roles)
 
 
@@ -203,7 +209,7 @@ def _size_problem(config: PPOConfig, first: Role, other: Role) -> str:
         cause = "--colocate_all_models"
     else:
         cause = "--colocate_actor_ref" if first.name == "actor" else "--colocate_critic_reward"
-    one, two = first.name, other.name.split("-")[0]
+    one, two = ("reward" if role.name == PROCESS else role.name.split("-")[0] for role in (first, other))
     return (
         f"{cause} shares devices between {one} and {two}: --{one}_num_nodes {first.nodes} --{one}_num_gpus_per_node "
         f"{first.per_node} must equal --{two}_num_nodes {other.nodes} --{two}_num_gpus_per_node {other.per_node}"

@@ -110,8 +110,8 @@ class SequenceBatch:
         return type(self)(**picked)
 
     @classmethod
-    def from_rollouts(cls, rollouts: list[Rollout], pad_id: int, first: int = 0) -> SequenceBatch:
-        """Pad ``rollouts`` on the right to the longest of them; the first is sample ``first`` of its step."""
+    def from_rollouts(cls, rollouts: list[Rollout], pad_id: int) -> SequenceBatch:
+        """Pad ``rollouts`` on the right to the longest of them; they are the first samples of their step."""
         width = max(len(rollout.token_ids) for rollout in rollouts)
         sequences = torch.full((len(rollouts), width), pad_id, dtype=torch.int64)
         attention_mask = torch.zeros(len(rollouts), width, dtype=torch.bool)
@@ -126,7 +126,7 @@ class SequenceBatch:
                 action_mask[row, start - 1 : end - 1] = True
                 log_probs[row, start - 1 : end - 1] = torch.tensor(rollout.log_probs[taken : taken + end - start])
                 taken += end - start
-        sample = torch.arange(first, first + len(rollouts))
+        sample = torch.arange(len(rollouts))
         return SequenceBatch(sequences, attention_mask, action_mask, log_probs, sample)
 
 

@@ -19,8 +19,6 @@ SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
     "ring_attn_size": ["2"],
-    "use_dynamic_batch": [],
-    "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
     "vllm_tensor_parallel_size": ["2"],
 }
@@ -79,7 +77,7 @@ def test_a_flag_without_a_note_simply_works():
     assert status("learning_rate", flag_table(SFTConfig)) == ""
 
 
-@pytest.mark.parametrize(("name", "words"), [("ring_attn_size", "2"), ("use_dynamic_batch", "")])
+@pytest.mark.parametrize(("name", "words"), [("ring_attn_size", "2")])
 def test_what_ppo_cannot_do_yet_works_in_supervised_commands(name, words, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     parse(SFTConfig, [*SFT, f"--{name}", *words.split()], "train_sft")

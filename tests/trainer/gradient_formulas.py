@@ -5,8 +5,10 @@ No padding, ranks or micro-batches. Seven rows leave a rank without rows in its 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ LENGTHS = (13, 4, 9, 6, 12, 5, 11)
 ROWS, WIDTH, TEMPERATURE, WHITEN = len(LENGTHS), max(LENGTHS), 0.7, (0.1, 1.3)
 KL_COEF, ENTROPY_COEF = 0.3, 0.2
 REWARD_IDS = [7, 5]
+PTX_COEF = 0.7
+TEXTS = ("Natalia sold clips", "to 48 of her friends in April, and then she sold half as many", "in May.")
 
 
 def sequences(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,6 +213,25 @@ def policy_formula(folder: str) -> tuple[nn.Module, Tensor]:
     ratio, advantages = (log_probs - sample.log_probs).exp(), (sample.advantages - WHITEN[0]) * WHITEN[1]
     loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     return model, loss[sample.action_mask].mean()
+
+
+def ptx_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    """The policy's loss, and the mean over the tokens of the texts of their negative log-likelihood."""
+    from transformers import AutoTokenizer
+
+    model, loss = policy_formula(folder)
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/policy")
+    texts = []
+    for text in TEXTS:
+        tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+        texts.append(model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None]).flatten())
+    return model, loss - PTX_COEF * torch.cat(texts).mean()
+
+
+def write_texts(path: Path) -> str:
+    """Write the texts to ``path`` and return it."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return str(path)
 
 
 def mean_of(loss: Tensor, actions: Tensor, of_sequences: bool) -> Tensor:

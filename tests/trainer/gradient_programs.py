@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from openrlhf.config.ppo import (
     PPOConfig,
     PPOModelConfig,
     PPOOptimConfig,
+    PromptDataConfig,
     RewardConfig,
     RolloutConfig,
 )
@@ -43,6 +45,7 @@ from tests.strategy.programs import BETAS, first_gradients
 from tests.trainer.gradient_formulas import (
     ENTROPY_COEF,
     KL_COEF,
+    PTX_COEF,
     REWARD_IDS,
     ROWS,
     TEMPERATURE,
@@ -59,6 +62,7 @@ from tests.trainer.gradient_formulas import (
     pairs,
     policy_formula,
     prm_formula,
+    ptx_formula,
     reference,
     rm_formula,
     sequences,
@@ -67,6 +71,7 @@ from tests.trainer.gradient_formulas import (
     simpo_formula,
     steps_of,
     value_formula,
+    write_texts,
 )
 
 OPTIMIZER = OptimConfig(learning_rate=1e-3, lr_scheduler="constant", adam_betas=BETAS)
@@ -140,7 +145,9 @@ def rm_step(folder: str, strategy: DeepSpeedStrategy, packed: bool, batch: Batch
 
 
 def ppo_config(folder: str, stage: int, batch: BatchConfig, **algorithm: Any) -> PPOConfig:
+    texts = write_texts(Path(folder) / "texts.jsonl") if "ptx_coef" in algorithm else None
     return PPOConfig(
+        prompts=PromptDataConfig(pretrain_data=texts),
         model=PPOModelConfig(pretrain=f"{folder}/policy", critic_pretrain=f"{folder}/reward"),
         reward=RewardConfig(remote_rm_url="unused.py"),
         algorithm=AlgorithmConfig(advantage_estimator="gae", **algorithm),
@@ -199,6 +206,7 @@ LOSSES = {
     ),
     "rm": (rm_formula, rm_step),
     "policy": (policy_formula, policy_step()),
+    "ptx": (ptx_formula, policy_step(ptx_coef=PTX_COEF)),
     "dual": (
         dual_formula,
         policy_step(
@@ -226,7 +234,7 @@ LOSSES = {
 }
 
 
-RINGS = [loss for loss in LOSSES if loss not in ("policy", "dual", "gspo", "cispo", "value")]
+RINGS = [loss for loss in LOSSES if loss not in ("policy", "ptx", "dual", "gspo", "cispo", "value")]
 """The losses whose ranks can share sequences."""
 
 
@@ -264,5 +272,5 @@ def ring_cases() -> list[list]:
 
 
 def every_case() -> list[list]:
-    """Return 288 cases for a number of ranks: 12 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
+    """Return 312 cases for a number of ranks: 13 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
     return [list(case) for case in product(LOSSES, (True, False), (0, 1, 2, 3), (1, 2, 4))]

@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
-from tests.trainer.gradient_programs import differences, every_case, ring_cases
+from tests.trainer.gradient_programs import LOSSES, differences, every_case, ring_cases
+from tests.trainer.gradient_programs import RINGS as SHARED
 from tests.trainer.ppo.harness import tiny_reward_model
 
 TOLERANCE = 1e-5
@@ -29,6 +30,8 @@ DIAGONAL = [
     ["prm", False, 0, 1],
     ["policy", True, 3, 2],
     ["policy", False, 1, 1],
+    ["ptx", True, 3, 4],
+    ["ptx", False, 2, 1],
     ["dual", True, 3, 1],
     ["dual", False, 0, 4],
     ["gspo", True, 2, 2],
@@ -81,7 +84,7 @@ def test_ranks_that_share_sequences_give_the_gradient_of_plain_torch(tmp_path):
 
 
 def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch(tmp_path):
-    check(tmp_path, 1, [[case[0], True, 0, 1] for case in RINGS], budget=20)
+    check(tmp_path, 1, [[loss, True, 0, 1] for loss in LOSSES], budget=20)
 
 
 @pytest.mark.full
@@ -96,7 +99,8 @@ def test_every_stage_and_micro_batch_gives_the_gradient_of_plain_torch_in_a_ring
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "ring"), [(2, 1), (2, 2), (4, 2)])
 def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_rings(tmp_path, ranks, ring):
-    cases = [[case[0], True, stage, 1] for case in RINGS for stage in (2, 3)]
+    losses = LOSSES if ring == 1 else SHARED
+    cases = [[loss, True, stage, 1] for loss in losses for stage in (2, 3)]
     for budget in (1, 20, 1000):
         check(tmp_path, ranks, cases, ring=ring, budget=budget)
 
@@ -106,6 +110,6 @@ def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_ri
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
-    assert len(cases) == 12 * 48 / 2
+    assert len(cases) == 13 * 48 / 2
     largest = check(tmp_path, ranks, cases, timeout=800)
     print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")

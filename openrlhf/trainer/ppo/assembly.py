@@ -46,6 +46,7 @@ def make_experience(
     shaped: Tensor,
     *,
     kl_coef: float,
+    steps: Tensor | None = None,
 ) -> Experience:
     """Return the experience of one shard.
 
@@ -56,14 +57,18 @@ def make_experience(
         ref_log_probs: ``(B, T)`` of the reference.
         values: ``(B, T)`` of the critic, or None: then advantages and returns are both the discounted returns.
         scores: ``(B,)`` what the reward sources gave.
-        shaped: ``(B,)`` the clipped scores after the group baseline.
+        shaped: ``(B,)`` the clipped scores after the group baseline, rewards of steps included.
         kl_coef: weight of the KL in the token rewards; 0 where it is part of the loss.
+        steps: ``(B, T)`` rewards of the ends of steps; what is left of ``shaped`` goes to the last action.
     """
     mask = batch.action_mask
     nothing = torch.zeros(())
     kl = approx_kl(log_probs - ref_log_probs, algorithm.kl)
     kl = torch.where(mask, kl, nothing)
-    rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef)
+    if steps is None:
+        rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef)
+    else:
+        rewards = steps + token_rewards(shaped - steps.sum(dim=1), kl, mask, kl_coef=kl_coef)
     if values is None:
         values = torch.zeros_like(log_probs)
         returns = discounted_returns(rewards, mask, algorithm.discount)

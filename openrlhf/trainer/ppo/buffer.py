@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.groups import BatchConfig
+from openrlhf.datasets.sampler import cut_by_tokens
 from openrlhf.rollout.types import Experience, SequenceBatch
 from openrlhf.strategy.comm import Comm
 
@@ -54,6 +55,18 @@ def shuffle_seed(run_seed: int, rollout: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"shuffle/{run_seed}/{rollout}/{epoch}".encode()).digest()[:4], "big")
 
 
+def cut(batch: SequenceBatch, rows: list[int], most_rows: int, most_tokens: int | None) -> list[list[int]]:
+    """Return ``rows`` of ``batch`` in micro-batches: of ``most_rows`` each, or of ``most_tokens`` where that is given.
+
+    By tokens the largest comes first, so that ranks work on like ones together; a longer row is alone.
+    """
+    if most_tokens is None:
+        return [rows[start : start + most_rows] for start in range(0, len(rows), most_rows)]
+    lengths = batch.attention_mask.sum(dim=1).tolist()
+    longest_first = sorted(rows, key=lambda row: -lengths[row])
+    return cut_by_tokens({row: lengths[row] for row in longest_first}, most_tokens)
+
+
 class ExperienceBuffer:
     """Experiences of one rank, and how they are dealt.
 
@@ -64,15 +77,15 @@ class ExperienceBuffer:
     Args:
         experiences: shards of this rank; they may be empty.
         comm: the ranks of the role.
-        batch: ``train_batch_size`` rows of one optimizer step over all ranks, ``micro_train_batch_size`` rows of one
-            forward on one rank, and the run's ``seed``.
+        batch: ``train_batch_size`` rows of one optimizer step over all ranks, ``micro_train_batch_size`` rows or
+            ``max_tokens_per_gpu`` tokens of one forward on one rank, and the run's ``seed``.
         rollout: number of the rollout, which together with the seed fixes the order.
     """
 
     def __init__(self, experiences: list[Experience], comm: Comm, batch: BatchConfig, rollout: int):
         self.data = concatenate(experiences) if any(len(part) for part in experiences) else None
         self.comm = comm
-        self.micro_batch_size = batch.micro_train_batch_size
+        self.micro_batch_size, self.max_tokens = batch.micro_train_batch_size, batch.max_tokens_per_gpu
         self.seed = batch.seed
         self.rollout = rollout
         self.rows = len(self.data) if self.data is not None else 0
@@ -87,9 +100,8 @@ class ExperienceBuffer:
             yield self._micro_batches(order[turn * self.rows // self.steps : (turn + 1) * self.rows // self.steps])
 
     def _micro_batches(self, rows: list[int]) -> list[Experience]:
-        size = self.micro_batch_size
-        count = round(self.comm.all_reduce(float(math.ceil(len(rows) / size)), op="max"))
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        chunks = cut(self.data, rows, self.micro_batch_size, self.max_tokens) if rows else []
+        count = round(self.comm.all_reduce(float(len(chunks)), op="max"))
         return [self.data.select(chunk) for chunk in chunks] + [self._weightless()] * (count - len(chunks))
 
     def _weightless(self) -> Experience:

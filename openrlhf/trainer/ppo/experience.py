@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.datasets.sampler import deal_evenly
 from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
@@ -20,6 +21,7 @@ from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, sh
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
+from openrlhf.trainer.ppo.process import ProcessRewardWorker, Steps, sums_of
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 
@@ -34,12 +36,14 @@ class Roles:
     critic: WorkerGroup | None = None
     reference: WorkerGroup | None = None
     rewards: Sequence[WorkerGroup] = ()
+    process: WorkerGroup | None = None
     shared: bool = False
 
     @property
     def groups(self) -> list[WorkerGroup]:
         """All groups that there are, the policy's first."""
-        return [group for group in (self.policy, self.critic, self.reference, *self.rewards) if group is not None]
+        named = (self.policy, self.critic, self.reference, *self.rewards, self.process)
+        return [group for group in named if group is not None]
 
     @property
     def shards(self) -> int:
@@ -78,13 +82,20 @@ class Rated:
 
     Attributes:
         rollouts: the samples of one prompt next to each other.
-        scores: ``(N,)`` the sum of all sources.
+        scores: ``(N,)`` the sum of all sources, rewards of steps included.
         extra: further numbers of a reward function by name, one a rollout.
+        steps: what a process reward model gives to the steps of each rollout; None without one.
     """
 
     rollouts: list[Rollout]
     scores: Tensor
     extra: dict[str, list[float]] = field(default_factory=dict)
+    steps: Steps | None = None
+
+    @property
+    def of_steps(self) -> Tensor:
+        """``(N,)`` what of the scores the steps were given."""
+        return torch.zeros_like(self.scores) if self.steps is None else sums_of(self.steps).to(self.scores)
 
     @property
     def judged(self) -> list[float]:
@@ -94,14 +105,17 @@ class Rated:
     def select(self, rows: Sequence[int]) -> Rated:
         """Return the given rows."""
         extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
-        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra)
+        steps = None if self.steps is None else [self.steps[row] for row in rows]
+        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra, steps)
 
     @classmethod
     def join(cls, parts: Sequence[Rated]) -> Rated:
         """Return the rows of all parts; of the further numbers those that all have."""
         names = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
         extra = {name: [value for part in parts for value in part.extra[name]] for name in names}
-        return cls([r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts]), extra)
+        steps = None if parts[0].steps is None else [row for part in parts for row in part.steps]
+        rollouts, scores = [r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts])
+        return cls(rollouts, scores, extra, steps)
 
 
 def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLController:
@@ -112,13 +126,26 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
 
 
-def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int) -> list[SequenceBatch]:
-    """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows."""
-    batches, first = [], 0
-    for part in deal(rollouts, parts):
-        batches.append(SequenceBatch.from_rollouts(part, pad_id, first) if part else blank_sequences().select([]))
-        first += len(part)
-    return batches
+def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int, by_tokens: bool = False) -> list[SequenceBatch]:
+    """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows.
+
+    ``sample`` of a batch says which rollouts it has: consecutive ones, or with ``by_tokens`` those that give all
+    batches like many tokens.
+    """
+    if by_tokens:
+        lengths = {sample: len(rollout.token_ids) for sample, rollout in enumerate(rollouts)}
+        longest_first = dict(sorted(lengths.items(), key=lambda item: -item[1]))
+        dealt = [sorted(part) for part in deal_evenly(longest_first, parts, math.ceil(len(rollouts) / parts))]
+    else:
+        dealt = deal(range(len(rollouts)), parts)
+    return [_batch_of(rollouts, samples, pad_id) for samples in dealt]
+
+
+def _batch_of(rollouts: Sequence[Rollout], samples: Sequence[int], pad_id: int) -> SequenceBatch:
+    if not samples:
+        return blank_sequences().select([])
+    batch = SequenceBatch.from_rollouts([rollouts[sample] for sample in samples], pad_id)
+    return replace(batch, sample=torch.tensor(samples))
 
 
 class PolicyEngine:
@@ -189,18 +216,19 @@ class ExperienceMaker:
             DataError: no answer has a token to learn from.
         """
         roles, parts = self.roles, self.roles.shards
-        shards = shard(rollouts, parts, self.tokenizer.pad_token_id)
+        shards = self._shard(rollouts)
         log_probs = roles.policy.map(PolicyWorker.log_probs, shards)
         reference = self._ask_reference(shards) if self.config.algorithm.needs_reference else log_probs
         values = roles.critic.map(CriticWorker.values, shards) if roles.critic else [None] * parts
         rated = rated or self._rate(rollouts, shards)
         true, scores = self._ask(self.true_score, rollouts), rated.scores
-        clipped = shape_scores(self.config, scores, rollouts)
+        clipped = self._shape(rated)
         shaped = self._above_baseline(clipped, greedy)
         algorithm, kl_coef = self.config.algorithm, self.kl_controller.value
         experiences = roles.policy.map(
             PolicyWorker.assemble,
             shards, log_probs, reference, values, _split_like(shards, scores), _split_like(shards, shaped),
+            *([] if rated.steps is None else [[[rated.steps[row] for row in part.sample] for part in shards]]),
             kl_coef=0.0 if algorithm.use_kl_loss else kl_coef,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
@@ -214,7 +242,7 @@ class ExperienceMaker:
             scores=scores.tolist(),
             true_scores=true.rewards if true else None,
         )
-        of_scores = self._of_scores(scores, clipped, shaped, statistics)
+        of_scores = self._of_scores(rated, clipped, shaped, statistics)
         return replace(made, metrics=_of_functions(rated, true) | self._metrics(made, statistics) | of_scores)
 
     def score(self, rollouts: list[Rollout]) -> tuple[Rated, list[float] | None]:
@@ -225,12 +253,19 @@ class ExperienceMaker:
 
     def rate(self, rollouts: list[Rollout]) -> Rated:
         """Return what the reward sources say of ``rollouts``."""
-        return self._rate(rollouts, shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id))
+        return self._rate(rollouts, self._shard(rollouts))
+
+    def _shard(self, rollouts: list[Rollout]) -> list[SequenceBatch]:
+        by_tokens = self.config.batch.use_dynamic_batch
+        return shard(rollouts, self.roles.shards, self.tokenizer.pad_token_id, by_tokens)
 
     def _rate(self, rollouts: list[Rollout], shards: list[SequenceBatch]) -> Rated:
-        models = self._ask_models(shards)
+        models, process = self._ask_models(shards), self.roles.process
+        judged = process.map(ProcessRewardWorker.score, shards) if process else []
         function = self._ask(self.reward_function, rollouts)
-        return Rated(rollouts, self._add_up(rollouts, models, function), function.extra if function else {})
+        steps = _in_order(shards, process.get(judged)) if process else None
+        scores = self._add_up(rollouts, shards, models, function, steps)
+        return Rated(rollouts, scores, function.extra if function else {}, steps)
 
     def _ask_reference(self, shards: list[SequenceBatch]) -> list[Any]:
         """Return futures of the log-probs of the reference: a model of its own, or the policy without its adapter."""
@@ -258,12 +293,19 @@ class ExperienceMaker:
             return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
-        self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None
+        self,
+        rollouts: list[Rollout],
+        shards: list[SequenceBatch],
+        models: list[tuple[WorkerGroup, list[Any]]],
+        function: RewardResult | None,
+        steps: Steps | None,
     ) -> Tensor:
         """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
-        columns = [torch.cat(group.get(futures)).double() for group, futures in models]
+        columns = [_joined(shards, group.get(futures)).double() for group, futures in models]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
+        if steps is not None:
+            columns.append(sums_of(steps))
         scores = torch.stack(columns).sum(dim=0)
         scores = scores.float()
         wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
@@ -271,6 +313,10 @@ class ExperienceMaker:
             who = name_prompts(rollouts, wrong)
             raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
         return scores
+
+    def _shape(self, rated: Rated) -> Tensor:
+        """Return the scores ``(N,)`` clipped and with the penalties for length, but for what the steps were given."""
+        return shape_scores(self.config, rated.scores - rated.of_steps, rated.rollouts) + rated.of_steps
 
     def _above_baseline(self, clipped: Tensor, greedy: list[Rollout] | None) -> Tensor:
         """Return the scores ``(N,)`` less the baseline of the estimator.
@@ -280,7 +326,7 @@ class ExperienceMaker:
         samples = self.config.rollout.n_samples_per_prompt
         if greedy is None:
             return self._baseline(clipped, samples)
-        return self._baseline(clipped, samples, shape_scores(self.config, self.rate(greedy).scores, greedy))
+        return self._baseline(clipped, samples, self._shape(self.rate(greedy)))
 
     def _whiten(self, statistics: dict[str, float]) -> tuple[float, float] | None:
         """Return what the advantages are shifted by and multiplied with, or None."""
@@ -308,20 +354,26 @@ class ExperienceMaker:
         }
 
     def _of_scores(
-        self, scores: Tensor, clipped: Tensor, shaped: Tensor, statistics: dict[str, float]
+        self, rated: Rated, clipped: Tensor, shaped: Tensor, statistics: dict[str, float]
     ) -> dict[str, float]:
         """Return means of the scores, and how much the estimator has to work with.
 
         That are groups without a difference, and the accuracy of a critic.
         """
-        algorithm, reward, rows = self.config.algorithm, self.config.reward, len(scores)
+        algorithm, reward, scores = self.config.algorithm, self.config.reward, rated.scores
+        rows = len(scores)
         in_reward = 0.0 if algorithm.use_kl_loss else self.kl_controller.value * statistics["kl"]
         found = {
             "reward": float(scores.double().mean()),
             "return": (float(shaped.double().sum()) - in_reward) / rows,
         }
         if reward.has_length_penalty:
-            found["length_penalty"] = float((scores.clamp(*reward.reward_clip_range) - clipped).double().mean())
+            outcome, penalised = scores - rated.of_steps, clipped - rated.of_steps
+            found["length_penalty"] = float((outcome.clamp(*reward.reward_clip_range) - penalised).double().mean())
+        if rated.steps is not None:
+            count = sum(map(len, rated.steps))
+            found["steps_per_answer"] = count / rows
+            found["step_reward"] = float(rated.of_steps.double().sum()) / max(1, count)
         if algorithm.estimator.needs_group:
             groups = clipped.view(-1, self.config.rollout.n_samples_per_prompt)
             found["zero_variance_groups"] = float((groups.amax(dim=1) == groups.amin(dim=1)).double().mean())
@@ -337,5 +389,20 @@ def _of_functions(rated: Rated, true: RewardResult | None) -> dict[str, float]:
 
 
 def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:
-    """Return ``column`` ``(N,)`` cut at the borders of ``shards``."""
-    return list(column.split([len(part) for part in shards]))
+    """Return the entries of ``column`` ``(N,)`` that belong to the rollouts of each shard."""
+    return [column[part.sample] for part in shards]
+
+
+def _in_order(shards: list[SequenceBatch], columns: list[Steps]) -> Steps:
+    """Return the rows of ``columns``, which holds what belongs to each shard, in the order of the rollouts."""
+    numbered = {
+        sample: row
+        for part, rows in zip(shards, columns, strict=True)
+        for sample, row in zip(part.sample.tolist(), rows, strict=True)
+    }
+    return [numbered[sample] for sample in range(len(numbered))]
+
+
+def _joined(shards: list[SequenceBatch], columns: list[Tensor]) -> Tensor:
+    """Return ``(N,)`` in the order of the rollouts, of which ``columns`` holds what belongs to each shard."""
+    return torch.cat(columns)[torch.cat([part.sample for part in shards]).argsort()]

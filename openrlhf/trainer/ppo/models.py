@@ -23,11 +23,8 @@ def load_actor(config: PPOConfig, strategy: DeepSpeedStrategy, *, train: bool = 
         context=partial(strategy.loading_context, train=train),
         seed=config.batch.seed,
     )
-    return Actor(
-        model,
-        packing_samples=config.attention.packing_samples,
-        aux_loss_coef=config.model.aux_loss_coef if train else 0.0,
-    )
+    aux_loss_coef = config.model.aux_loss_coef if train else 0.0
+    return _without_padding(Actor(model, aux_loss_coef=aux_loss_coef), config)
 
 
 def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: int) -> ValueModel:
@@ -47,12 +44,7 @@ def load_critic(config: PPOConfig, strategy: DeepSpeedStrategy, pad_token_id: in
         seed=config.batch.seed,
         flag="--critic_pretrain" if named.critic_pretrain else own_flag,
     )
-    return ValueModel(
-        model,
-        read="each",
-        packing_samples=config.attention.packing_samples,
-        aux_loss_coef=config.model.aux_loss_coef,
-    )
+    return _without_padding(ValueModel(model, read="each", aux_loss_coef=config.model.aux_loss_coef), config)
 
 
 def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str, tokenizer: Any) -> Any:
@@ -70,5 +62,30 @@ def load_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, path: str,
         pad_token_id=tokenizer.pad_token_id,
         flag="--reward_pretrain",
     )
-    value_model = ValueModel(model, read="last", packing_samples=config.attention.packing_samples)
+    value_model = _without_padding(ValueModel(model, read="last"), config)
     return strategy.prepare_eval(value_model, offload=config.reward.ref_reward_offload)
+
+
+def load_process_reward_model(config: PPOConfig, strategy: DeepSpeedStrategy, tokenizer: Any) -> Any:
+    """Return the process reward model, ready to score. Raises DataError when it has another vocabulary."""
+    path, flag = config.reward.prm_pretrain, "--prm_pretrain"
+    check_vocabulary(path, tokenizer, config.model, flag)
+    model = load_causal_lm(
+        path,
+        replace(config.model, gradient_checkpointing=False),
+        lora=config.lora.without_adapters,
+        context=partial(strategy.loading_context, train=False),
+        flag=flag,
+    )
+    return strategy.prepare_eval(_without_padding(Actor(model), config), offload=config.reward.ref_reward_offload)
+
+
+def _without_padding(model: Any, config: PPOConfig) -> Any:
+    """Return ``model``, for which padding that cannot be removed is an error where a flag counts on it."""
+    flags = {
+        "--packing_samples": config.attention.packing_samples,
+        "--use_dynamic_batch": config.batch.use_dynamic_batch,
+    }
+    for flag in [name for name, given in flags.items() if given][:1]:
+        model.insist_on_packing(flag)
+    return model

@@ -24,6 +24,8 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.process import step_tokens
+from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 from openrlhf.trainer.profiling import Profiling, of_groups
@@ -40,6 +42,7 @@ class Inputs:
     Attributes:
         tokenizer: the policy's.
         prompts: training prompts.
+        texts: of ``--pretrain_data``, or None.
         eval_prompts: evaluation prompts; empty without ``--eval_dataset``.
         reward_function: of ``--remote_rm_url FILE.py``, or None.
         true_score: of ``--eval_reward_func``, or None.
@@ -56,11 +59,15 @@ class Inputs:
         )
         for path in config.model.reward_models:
             check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
+        if config.reward.prm_pretrain:
+            check_vocabulary(config.reward.prm_pretrain, self.tokenizer, config.model, "--prm_pretrain")
+            step_tokens(config, self.tokenizer)
         reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
         self.reward_function = RewardFunction(reward_file) if reward_file else None
         self.true_score = RewardFunction(eval_file) if eval_file else None
         data = config.prompts
         self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")
+        self.texts = load_texts(config, self.tokenizer) if data.pretrain_data else None
         wanted = config.evaluation.eval_dataset
         self.eval_prompts = self._load(wanted, None, config.evaluation.eval_split, "--eval_dataset") if wanted else []
 
@@ -98,6 +105,8 @@ def _check_folders(config: PPOConfig) -> None:
             normalize_reward=config.reward.normalize_reward,
             flag="--reward_pretrain",
         )
+    if prm := config.reward.prm_pretrain:
+        check_language_model(prm, trust_remote_code=model.trust_remote_code, flag="--prm_pretrain")
     if model.critic_pretrain:
         check_model(model.critic_pretrain, trust_remote_code=model.trust_remote_code, flag="--critic_pretrain")
 
@@ -152,7 +161,8 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         f"run      {run.path}",
         f"where    {placement[0]}, ZeRO-{config.deepspeed.zero_stage}, {precision}",
         *(f"         {line.strip()}" for line in placement[1:]),
-        f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate",
+        f"data     {len(inputs.prompts):,} prompts to train, {len(inputs.eval_prompts):,} to evaluate"
+        + (f", {len(inputs.texts):,} texts" if inputs.texts else ""),
         *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",

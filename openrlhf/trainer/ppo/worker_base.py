@@ -2,7 +2,8 @@
 
 A worker is one rank of its role. Its methods take and return one item a shard of the rollout; a
 :class:`~openrlhf.trainer.ppo.groups.WorkerGroup` deals the shards out. Forwards run in micro-batches of
-``--micro_rollout_batch_size`` rows, updates in micro-batches of ``--micro_train_batch_size``.
+``--micro_rollout_batch_size`` rows, updates in micro-batches of ``--micro_train_batch_size``; with
+``--use_dynamic_batch`` both have a budget of tokens instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.device import empty_cache
+from openrlhf.errors import NumericError
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.ops.policy_loss import weight
 from openrlhf.rollout.types import Experience, SequenceBatch
@@ -27,7 +29,7 @@ from openrlhf.strategy.room import checkpoint_bytes
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.loop import StepOutput
 from openrlhf.trainer.metrics import MetricSums
-from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences
+from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences, cut
 from openrlhf.trainer.profiling import Recorder
 
 Means = dict[str, float]
@@ -63,19 +65,28 @@ class Worker:
 
         All ranks call ``compute`` equally often, because the layers of a sharded model are gathered together.
         """
-        size = self.config.rollout.micro_rollout_batch_size
+        size, budget = self.config.rollout.micro_rollout_batch_size, self.config.scoring_budget
         pieces = [
-            (index, list(range(start, min(start + size, len(batch)))))
+            (index, rows)
             for index, batch in enumerate(batches)
-            for start in range(0, len(batch), size)
+            for rows in cut(batch, list(range(len(batch))), size, budget)
         ]
         outputs: list[list[Tensor]] = [[] for _ in batches]
+        order: list[list[int]] = [[] for _ in batches]
         for index, rows in pieces:
             result = compute(batches[index].select(rows).to(self.strategy.device)).float().cpu()
             outputs[index].append(_widen(result, batches[index]))
+            order[index] += rows
         for _ in range(round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)):
             compute(blank_sequences().to(self.strategy.device))
-        return [torch.cat(parts) if parts else torch.zeros(0, 1) for parts in outputs]
+        return [_in_order(parts, rows) for parts, rows in zip(outputs, order, strict=True)]
+
+
+def _in_order(parts: list[Tensor], rows: list[int]) -> Tensor:
+    """Return the results of a batch, of which ``parts`` holds those of ``rows``, in the order of the batch."""
+    if not parts:
+        return torch.zeros(0, 1)
+    return torch.cat(parts)[torch.tensor(rows).argsort()]
 
 
 def _widen(result: Tensor, batch: SequenceBatch) -> Tensor:
@@ -102,6 +113,13 @@ class TrainedWorker(Worker):
     def loss(self, batch: Experience, whiten: tuple[float, float] | None) -> StepOutput:
         """Return the loss summed over the actions, or sequences, the load-balancing loss, and metrics."""
         raise NotImplementedError
+
+    def learn_beside(self) -> MetricSums:
+        """Add the gradients of a further loss to those of a step, before it is taken; return the metrics."""
+        return MetricSums()
+
+    def look_beside(self, error: NumericError) -> None:
+        """Raise NumericError when it was the further loss that spoilt a step, which failed with ``error``."""
 
     def after_step(self) -> None:
         """Called after every optimizer step."""
@@ -155,9 +173,14 @@ class TrainedWorker(Worker):
             metrics.add(found)
             self.engine.backward(loss, whole)
             losses.append(loss.detach())
+        metrics.join(self.learn_beside())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
         again = [lambda micro=micro: self._whole_loss(micro, whiten, whole / micros)[0] for micro in micro_batches]
-        result = self.guard.step(name, samples, losses, again)
+        try:
+            result = self.guard.step(name, samples, losses, again)
+        except NumericError as error:
+            self.look_beside(error)
+            raise
         if result is not None:
             sums.join(metrics)
             self.after_step()

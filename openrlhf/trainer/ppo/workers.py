@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.errors import NumericError
 from openrlhf.models.actor import ActorOutput
 from openrlhf.models.adapters import parameter_counts, trained_names
 from openrlhf.ops.masking import masked_sum
@@ -19,6 +20,7 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import merged_weights, named_weights
 from openrlhf.strategy.export import export_model
 from openrlhf.trainer.loop import StepOutput
+from openrlhf.trainer.metrics import MetricSums
 from openrlhf.trainer.ppo.assembly import (
     add_statistics,
     close_with_eos,
@@ -29,6 +31,8 @@ from openrlhf.trainer.ppo.assembly import (
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
 from openrlhf.trainer.ppo.objective import PolicyObjective
+from openrlhf.trainer.ppo.process import Steps, laid_out, step_tokens
+from openrlhf.trainer.ppo.texts import check_texts, load_pretrain_texts
 from openrlhf.trainer.ppo.worker_base import Means, TrainedWorker, Worker
 
 
@@ -41,6 +45,7 @@ class PolicyWorker(TrainedWorker):
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
         self.objective = PolicyObjective(config)
         self._kl_coef = 0.0
+        self.texts = load_pretrain_texts(config, strategy, self.tokenizer)
         self.average = WeightAverage(config.algorithm.ema_beta) if config.algorithm.enable_ema else None
         if self.average:
             self.average.start(self._trained(), keep=self.comm.rank == 0)
@@ -68,6 +73,7 @@ class PolicyWorker(TrainedWorker):
         values: list[Tensor | None],
         scores: list[Tensor],
         shaped: list[Tensor],
+        steps: list[Steps] | None = None,
         *,
         kl_coef: float,
     ) -> list[Experience]:
@@ -80,10 +86,19 @@ class PolicyWorker(TrainedWorker):
             values: ``(B, T)`` of the critic, or None when there is none.
             scores: ``(B,)`` what the reward sources gave.
             shaped: ``(B,)`` the clipped scores after the group baseline: what is learned from.
+            steps: rewards of the steps of every answer, in ``scores`` and ``shaped`` already; None without any.
             kl_coef: weight of the KL in the token rewards.
         """
         columns = zip(batches, log_probs, ref_log_probs, values, scores, shaped, strict=True)
-        return [make_experience(self.config.algorithm, *column, kl_coef=kl_coef) for column in columns]
+        placed = [None] * len(batches) if steps is None else self._laid_out(batches, steps)
+        return [
+            make_experience(self.config.algorithm, *column, kl_coef=kl_coef, steps=found)
+            for column, found in zip(columns, placed, strict=True)
+        ]
+
+    def _laid_out(self, batches: list[SequenceBatch], steps: list[Steps]) -> list[Tensor]:
+        placeholder = step_tokens(self.config, self.tokenizer).placeholder
+        return [laid_out(batch, rows, placeholder) for batch, rows in zip(batches, steps, strict=True)]
 
     def statistics(self, experiences: list[Experience]) -> dict[str, float]:
         """Return sums over the actions of this rank, for the driver to add up."""
@@ -124,6 +139,15 @@ class PolicyWorker(TrainedWorker):
             with_entropy=with_entropy,
         )
 
+    def learn_beside(self) -> MetricSums:
+        """Learn the next texts of ``--pretrain_data``."""
+        return self.texts.learn(self.engine) if self.texts else super().learn_beside()
+
+    def look_beside(self, error: NumericError) -> None:
+        """Say when it was a text that spoilt a step."""
+        if self.texts:
+            self.texts.look(error)
+
     def after_step(self) -> None:
         """Follow the new weights with the moving average."""
         if self.average:
@@ -160,14 +184,19 @@ class PolicyWorker(TrainedWorker):
         return named_weights(self.actor.model, self.strategy, wanted=self.comm.rank == 0, only=names)
 
     def save(self, *, path: str) -> None:
-        """Write the training state and the moving average; all ranks call it."""
+        """Write the training state, the place in the texts and the moving average; all ranks call it."""
         super().save(path=path)
+        if self.texts and self.comm.rank == 0:
+            self.texts.save(Path(path))
         if self.average and self.comm.rank == 0:
             self.average.save(Path(path) / "ema.pt")
 
     def load(self, *, path: str) -> None:
         """Continue from what :meth:`save` wrote."""
+        check_texts(self.config, Path(path))
         super().load(path=path)
+        if self.texts:
+            self.texts.load(Path(path))
         if self.average and self.comm.rank == 0:
             self.average.load(Path(path) / "ema.pt")
 

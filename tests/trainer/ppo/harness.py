@@ -19,6 +19,7 @@ from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.process import ProcessRewardWorker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from tests.helpers import tiny_folder, tiny_tokenizer
 
@@ -123,6 +124,7 @@ def local_roles(config: PPOConfig, prompts: int) -> Roles:
         critic=LocalGroup(critic) if critic else None,
         reference=LocalGroup(ReferenceWorker(config, strategy)) if config.loads_reference else None,
         rewards=[LocalGroup(RewardWorker(config, strategy, path=path)) for path in config.model.reward_models],
+        process=LocalGroup(ProcessRewardWorker(config, strategy)) if config.reward.prm_pretrain else None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from openrlhf.config.groups import BatchConfig
@@ -82,6 +84,24 @@ def test_two_ranks_with_few_rows_do_not_leave_a_step_empty():
     ranks = [ExperienceBuffer([numbered(r, [3])], FixedComm(r, 2, 1), batch, 1) for r in range(2)]
     steps = [[row for rank in ranks for row in rows_of(list(rank.epoch(0))[number])] for number in range(2)]
     assert sorted(len(step) for step in steps) == [1, 1]
+
+
+def test_a_budget_of_tokens_is_kept_and_every_row_is_seen_once():
+    lengths = [3, 9, 4, 2, 8, 5, 12, 3]
+    batch = BatchConfig(train_batch_size=8, micro_train_batch_size=1, use_dynamic_batch=True)
+    batch = replace(batch, train_max_tokens_per_gpu=10)
+    (step,) = ExperienceBuffer([numbered(0, lengths)], SoloComm(), batch, 1).epoch(0)
+    sums = [int(micro.attention_mask.sum()) for micro in step]
+    assert sums == sorted(sums, reverse=True) and len(step) == 5
+    assert all(total <= 10 or len(micro) == 1 for micro, total in zip(step, sums, strict=True))
+    assert sorted(rows_of(step)) == list(range(8))
+
+
+def test_ranks_that_cut_by_tokens_have_equally_many_micro_batches():
+    batch = BatchConfig(train_batch_size=8, use_dynamic_batch=True, train_max_tokens_per_gpu=10)
+    comm = FixedComm(rank=1, rows=5, most_micro_batches=3)
+    (step,) = ExperienceBuffer([numbered(0, [3, 4])], comm, batch, 1).epoch(0)
+    assert [int(micro.action_mask.sum()) for micro in step] == [5, 0, 0]
 
 
 def test_concatenation_pads_on_the_right_and_selection_cuts_it_off_again():

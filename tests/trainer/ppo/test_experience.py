@@ -13,6 +13,7 @@ from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
 from openrlhf.trainer.ppo.experience import shard
 from openrlhf.trainer.ppo.groups import LocalGroup, deal
+from tests.helpers import tiny_tokenizer
 from tests.trainer.ppo.harness import (
     local_loop,
     reward_file,
@@ -21,6 +22,7 @@ from tests.trainer.ppo.harness import (
     tiny_prompts,
     tiny_reward_model,
     with_algorithm,
+    with_batch,
     with_rollout,
 )
 
@@ -80,6 +82,36 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
         [2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5
     )
     assert true_scores is None
+
+
+def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
+    reward = RewardConfig(remote_rm_url=reward_file(tmp_path, CONSTANT.format(values="1.0, 2.0, 3.0, 4.0, 5.0, 6.0")))
+    config = replace(with_algorithm(config, init_kl_coef=0.0), model=model, reward=reward)
+    loop, _ = local_loop(config)
+    rollouts = generated(loop, count=6)
+    expected, _ = loop.maker.score(rollouts)
+    cut, _ = local_loop(with_batch(config, use_dynamic_batch=True, train_max_tokens_per_gpu=30))
+    cut.maker.roles = replace(cut.roles, policy=ThreeShards(cut.roles.policy.worker))
+    made = cut.maker.make(rollouts)
+    assert made.scores == pytest.approx(expected, abs=1e-5)
+    assert len(made.shards) == 3 and sorted(len(part) for part in made.shards) == [2, 2, 2]
+    for part in made.shards:
+        for row, sample in enumerate(part.sample.tolist()):
+            ids = part.sequences[row, part.attention_mask[row]].tolist()
+            assert ids == list(rollouts[sample].token_ids)
+            assert float(part.scores[row]) == pytest.approx(expected[sample], abs=1e-5)
+            assert float(part.returns[row][part.action_mask[row]][-1]) == pytest.approx(expected[sample], abs=1e-5)
+
+
+def test_shards_by_tokens_are_as_even_as_whole_answers_allow(tmp_path):
+    (prompt,) = tiny_prompts(tiny_tokenizer(tmp_path), 1)
+    rollouts = [rollout_of(prompt, [5] * length) for length in (90, 80, 10, 20, 5, 15, 5, 3)]
+    sums = [int(part.attention_mask.sum()) for part in shard(rollouts, 2, 0, by_tokens=True)]
+    assert abs(sums[0] - sums[1]) <= 8
+    plain = [int(part.attention_mask.sum()) for part in shard(rollouts, 2, 0)]
+    assert abs(plain[0] - plain[1]) > 100
 
 
 def test_the_reward_function_sees_query_prompt_and_label(tmp_path):

@@ -146,6 +146,24 @@ def test_the_gradient_does_not_depend_on_how_the_batch_was_cut(tmp_path, micro, 
         torch.testing.assert_close(other_weights[name], weight, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_scoring_within_a_budget_of_tokens_keeps_the_order_of_the_rows(tmp_path, budget):
+    by_rows = tiny_ppo_config(tmp_path)
+    by_tokens = with_rollout(with_batch(by_rows, use_dynamic_batch=True), rollout_max_tokens_per_gpu=budget)
+    policies = [PolicyWorker(config, solo_strategy(config), max_steps=1) for config in (by_rows, by_tokens)]
+    shards = sampled(policies[0], parts=2)
+    for one, other in zip(*(policy.log_probs(shards) for policy in policies), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_the_budget_of_scoring_is_that_of_training_unless_it_has_its_own(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    assert config.scoring_budget is None
+    config = with_batch(config, use_dynamic_batch=True, train_max_tokens_per_gpu=77)
+    assert config.scoring_budget == 77
+    assert with_rollout(config, rollout_max_tokens_per_gpu=99).scoring_budget == 99
+
+
 def test_a_shard_without_rows_is_fine(tmp_path):
     policy = PolicyWorker(tiny_ppo_config(tmp_path), solo_strategy(tiny_ppo_config(tmp_path)), max_steps=10)
     shards = [*sampled(policy), *shard([], 1, 0)]
