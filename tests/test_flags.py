@@ -10,7 +10,7 @@ import pytest
 from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import PPOConfig, RayPPOConfig
 from openrlhf.config.supervised import (
     DPOConfig,
     KDConfig,
@@ -28,7 +28,8 @@ COMMANDS = {
     "train_kto": KTOConfig,
     "train_kd": KDConfig,
     "train_prm": PRMConfig,
-    "train_ppo_ray": PPOConfig,
+    "train_ppo": PPOConfig,
+    "train_ppo_ray": RayPPOConfig,
     "lora_combiner": CombinerConfig,
 }
 KINDS = {"int": int, "float": float, "str": str, None: bool}
@@ -48,6 +49,10 @@ EVERYWHERE = {
 HF_CKPT = {"save_hf_ckpt", "disable_ds_ckpt"}
 PACKING = {"packing_samples", "ring_attn_size", "ring_head_stride"}
 TEMPLATES = {"input_template", "apply_chat_template", "tokenizer_chat_template"}
+PPO = EVERYWHERE | {
+    *("tokenizer_chat_template", "label_key", "ema_beta"),
+    *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func"),
+}
 EXTRA = {
     "train_sft": EVERYWHERE,
     "lora_combiner": {"trust_remote_code"},
@@ -60,11 +65,8 @@ EXTRA = {
     | {"lr_scheduler", "tokenizer_chat_template", "precompute_ref_log_probs"},
     "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
     "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
-    "train_ppo_ray": {
-        *EVERYWHERE,
-        *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
-        *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func"),
-    },
+    "train_ppo": PPO | PACKING | {"ref_reward_offload"},
+    "train_ppo_ray": PPO | (PACKING - {"packing_samples"}) | {"sync_tolerance"},
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]
 IDS = [f"{command}{row['flag']}" for command, row in ROWS]

@@ -109,8 +109,7 @@ def count_rows(spec: str | None, most: int) -> int | None:
 
 
 def _engine_text(config: PPOConfig) -> str:
-    engines = config.vllm.engines
-    return _count(engines, "vLLM engine") if engines else "the policy itself"
+    return _count(config.engines, "vLLM engine") if config.engines else "the policy itself"
 
 
 def _files(config: Any) -> list[str]:

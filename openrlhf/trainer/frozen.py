@@ -21,6 +21,7 @@ from openrlhf.models.loading import load_causal_lm
 from openrlhf.ops.masking import masked_sum
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import TrainEngine
+from openrlhf.trainer.setup import frozen_line
 
 LOG = logging.getLogger(__name__)
 Reference = Callable[[TokenBatch], Tensor]
@@ -39,6 +40,7 @@ def load_frozen(config: Any, strategy: DeepSpeedStrategy, path: str, flag: str, 
         context=partial(strategy.loading_context, train=False),
         flag=flag,
     )
+    LOG.info(frozen_line(config, strategy.world_size, path, flag, model, offload))
     return strategy.prepare_eval(Actor(model, packing_samples=config.attention.packing_samples), offload=offload)
 
 

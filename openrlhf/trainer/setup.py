@@ -134,6 +134,20 @@ def _model_line(config: Any, world_size: int, model: Any) -> str:
     )
 
 
+def frozen_line(config: Any, world_size: int, path: str, flag: str, model: Any, offload: bool) -> str:
+    """Return what ``model`` of ``path``, named by ``flag``, takes beside the trained one; it never learns.
+
+    ``offload`` keeps its shards in main memory.
+    """
+    from openrlhf.models.adapters import parameter_counts
+
+    total, _ = parameter_counts(model)
+    stage = config.deepspeed.zero_stage
+    needed = memory_per_rank(total, 0, stage, world_size, config.model.bf16, config.lora.load_in_4bit)
+    where = " in main memory" if offload and stage == 3 else ""
+    return f"frozen   {path} ({flag}): {total:,} parameters; about {_size(needed)} more a rank{where}"
+
+
 def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 

@@ -12,7 +12,7 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.frozen import KnownAnswers, answer_log_probs
 from tests.cli.supervised import answers, pairs, without_speed, write_rows
 from tests.helpers import tiny_folder
-from tests.trainer.language import Recorder, reference_of, solo
+from tests.trainer.language import Recorder, reference_of, solo, transformers_model
 
 SHAPE = "--eval_split train --max_len 64 --learning_rate 3e-3 --train_batch_size 8 --micro_train_batch_size 3"
 COMMANDS = {
@@ -76,6 +76,22 @@ def test_the_reference_is_gone_once_it_said_everything(folders, tmp_path, stage)
     assert weights_in_memory() == before
     whole = recipe.options(replace(config, precompute_ref_log_probs=False), strategy, inputs, None)["reference"]
     assert weights_in_memory() >= before + 20_000 and callable(whole)
+
+
+@pytest.mark.parametrize(("words", "bytes_each"), [("", 4), ("--bf16", 2)])
+def test_the_memory_of_a_model_that_never_learns_is_told_before_the_first_step(
+    words, bytes_each, folders, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    config = config_of("train_dpo", folders, tmp_path, *words.split())
+    recipe = train_dpo.command.recipe(config)
+    recipe.options(config, solo(), recipe.read(config), None)
+    count = sum(parameter.numel() for parameter in transformers_model(folders[1]).parameters())
+    [said] = [line for line in caplog.messages if line.startswith("frozen")]
+    assert said == (
+        f"frozen   {folders[1]} (--ref_pretrain): {count:,} parameters; "
+        f"about {bytes_each * count / 2**20:.1f} MiB more a rank"
+    )
 
 
 ADAPTERS = ["--lora_rank", "4", "--lora_dropout", "0.5", "--learning_rate", "3e-2"]

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from openrlhf.config.groups import run_folder
+from openrlhf.config.groups import DeepSpeedConfig, run_folder
+from openrlhf.config.supervised import KDConfig
 from openrlhf.trainer.console import Console
-from openrlhf.trainer.setup import memory_per_rank
+from openrlhf.trainer.setup import frozen_line, memory_per_rank
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
@@ -114,6 +116,20 @@ def test_memory_shrinks_with_the_stage_by_what_it_shards():
     assert memory_per_rank(100, 100, 0, 2, bf16=True) == 1800
     assert memory_per_rank(100, 10, 0, 1, bf16=False) == 520
     assert memory_per_rank(110, 10, 0, 1, bf16=True, four_bits=True) == 50 + 20 + 160
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "size"),
+    [
+        (2, True, "4.0 MiB more a rank"),
+        (3, False, "2.0 MiB more a rank"),
+        (3, True, "2.0 MiB more a rank in main memory"),
+    ],
+)
+def test_a_model_that_never_learns_is_shared_and_kept_in_main_memory_at_stage_three_only(stage, offload, size):
+    config = KDConfig(deepspeed=DeepSpeedConfig(zero_stage=stage))
+    line = frozen_line(config, 2, "larger", "--teacher_model", nn.Linear(1024, 1024, bias=False), offload)
+    assert line == f"frozen   larger (--teacher_model): 1,048,576 parameters; about {size}"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -15,11 +15,12 @@ from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
-from openrlhf.strategy import signals
+from openrlhf.strategy.comm import Comm, SoloComm
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
+from openrlhf.trainer.ppo.together import score_together
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 
@@ -27,7 +28,8 @@ from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWo
 class Roles:
     """The groups of workers of a run; a role that the run does not need is None.
 
-    ``shared``: the policy and the critic live on the same devices, so they learn one after the other.
+    ``shared``: the policy and the critic live on the same devices, so they learn one after the other. ``comm``: the
+    processes that run the loop, each with all samples: the driver alone on Ray, every rank under a launcher.
     """
 
     policy: WorkerGroup
@@ -35,6 +37,7 @@ class Roles:
     reference: WorkerGroup | None = None
     rewards: Sequence[WorkerGroup] = ()
     shared: bool = False
+    comm: Comm = SoloComm()
 
     @property
     def groups(self) -> list[WorkerGroup]:
@@ -196,8 +199,8 @@ class ExperienceMaker:
             prompt.text if query.startswith(prompt.text) else head
             for query, prompt, head in zip(queries, prompts, heads, strict=True)
         ]
-        with signals.interruptible():
-            return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
+        columns = queries, texts, [p.label for p in prompts], [p.uid for p in prompts]
+        return score_together(self.roles.comm, function, *columns)
 
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None

@@ -119,9 +119,14 @@ class PolicyWorker(TrainedWorker):
         """Sample answers with the policy itself: one list of rollouts for each list of prompts."""
         rollout = self.config.rollout
         engine = HFEngine(
-            self.actor, self.tokenizer, rollout.micro_rollout_batch_size, version, max_len=rollout.max_model_len
+            self.actor,
+            self.tokenizer,
+            rollout.micro_rollout_batch_size,
+            version,
+            max_len=rollout.max_model_len,
+            comm=self.comm,
         )
-        return [engine.generate(part, sampling) if part else [] for part in prompts]
+        return [engine.generate(part, sampling) for part in prompts]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.
