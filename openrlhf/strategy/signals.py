@@ -124,13 +124,13 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def droppable(comm: Comm) -> Iterator[None]:
+def droppable(comm: Comm | None = None) -> Iterator[None]:
     """Let :func:`check` raise inside: what is worked on is repeated, the same, by the run that goes on.
 
     All ranks of ``comm`` enter it, or none does.
     """
     with _at(DROP):
-        check_together(comm, "one part of a step")
+        check() if comm is None else check_together(comm, "one part of a step")
         yield
 
 
@@ -188,7 +188,8 @@ def _leave(terminal: int, why: str) -> NoReturn:
 
 
 def _say(terminal: int, line: str) -> None:
-    os.write(terminal, f"{line}\n".encode())
+    with suppress(OSError):  # the terminal may be gone
+        os.write(terminal, f"{line}\n".encode())
 
 
 def descendants(ancestor: int) -> list[int]:

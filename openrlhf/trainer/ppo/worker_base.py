@@ -68,11 +68,13 @@ class Worker:
             for index, batch in enumerate(batches)
             for start in range(0, len(batch), size)
         ]
+        # Agreed on before the first: while one rank asked, another would wait for it in a forward.
+        idle = round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)
         outputs: list[list[Tensor]] = [[] for _ in batches]
         for index, rows in pieces:
             result = compute(batches[index].select(rows).to(self.strategy.device)).float().cpu()
             outputs[index].append(_widen(result, batches[index]))
-        for _ in range(round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)):
+        for _ in range(idle):
             compute(blank_sequences().to(self.strategy.device))
         return [torch.cat(parts) if parts else torch.zeros(0, 1) for parts in outputs]
 

@@ -17,9 +17,8 @@ from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
-from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+from openrlhf.trainer.ppo.program import local_roles as make_roles
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 COUNT_E = (
@@ -115,15 +114,7 @@ class Recorder(Callback):
 
 def local_roles(config: PPOConfig, prompts: int) -> Roles:
     """Return the roles that the run needs, one worker each in this process."""
-    strategy = solo_strategy(config)
-    steps = config.optimizer_steps(prompts)
-    critic = CriticWorker(config, strategy, max_steps=steps) if config.algorithm.estimator.needs_critic else None
-    return Roles(
-        policy=LocalGroup(PolicyWorker(config, strategy, max_steps=steps)),
-        critic=LocalGroup(critic) if critic else None,
-        reference=LocalGroup(ReferenceWorker(config, strategy)) if config.loads_reference else None,
-        rewards=[LocalGroup(RewardWorker(config, strategy, path=path)) for path in config.model.reward_models],
-    )
+    return make_roles(config, solo_strategy(config), config.optimizer_steps(prompts))
 
 
 def local_loop(
