@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,6 +192,10 @@ class ExperienceMaker:
         """Return what a reward function of python says, or None when there is none."""
         if function is None:
             return None
+        return score_together(self.roles.comm, rollouts, partial(self._ask_alone, function))
+
+    def _ask_alone(self, function: RewardFunction, rollouts: list[Rollout]) -> RewardResult:
+        """Return what a reward function says of some of the rollouts."""
         prompts = [rollout.prompt for rollout in rollouts]
         queries = self.tokenizer.batch_decode([list(rollout.token_ids) for rollout in rollouts])
         heads = self.tokenizer.batch_decode([list(prompt.token_ids) for prompt in prompts])
@@ -199,8 +204,7 @@ class ExperienceMaker:
             prompt.text if query.startswith(prompt.text) else head
             for query, prompt, head in zip(queries, prompts, heads, strict=True)
         ]
-        columns = queries, texts, [p.label for p in prompts], [p.uid for p in prompts]
-        return score_together(self.roles.comm, function, *columns)
+        return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None

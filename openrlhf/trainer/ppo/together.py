@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from openrlhf.errors import OpenRLHFError, Preempted
-from openrlhf.rollout.reward_source import RewardFunction, RewardResult
+from openrlhf.rollout.reward_source import RewardResult
+from openrlhf.rollout.types import Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm
 from openrlhf.trainer.ppo.groups import deal
 
 
 def score_together(
-    comm: Comm, function: RewardFunction, queries: list[str], prompts: list[str], labels: list[str], uids: list[str]
+    comm: Comm, rollouts: Sequence[Rollout], ask: Callable[[list[Rollout]], RewardResult]
 ) -> RewardResult:
-    """Return what ``function`` says of all samples: every rank asks about some prompts and tells the others.
+    """Return what ``ask`` says of all rollouts: every rank asks about those of some prompts and tells the others.
 
-    The columns are those of :meth:`~openrlhf.rollout.reward_source.RewardFunction.score`; answers to one prompt stand
-    next to each other and are asked about together. All ranks raise what one of them raised, and ``Preempted``
-    when one was asked to stop.
+    A signal may interrupt ``ask``, which runs code that is not ours. All ranks raise what one of them raised, and
+    ``Preempted`` when one was asked to stop.
     """
-    rows = slice(*share_of_prompts(uids, comm.world_size)[comm.rank])
+    start, end = share_of_prompts([rollout.prompt.uid for rollout in rollouts], comm.world_size)[comm.rank]
     found: RewardResult | OpenRLHFError | None = RewardResult([])
     try:
-        if uids[rows]:
+        if start < end:
             with signals.interruptible():
-                found = function.score(queries[rows], prompts[rows], labels[rows], uids[rows])
+                found = ask(list(rollouts[start:end]))
     except (Preempted, KeyboardInterrupt):
         if not signals.requested():
             raise
@@ -38,7 +38,7 @@ def score_together(
 
 
 def share_of_prompts(uids: Sequence[str], parts: int) -> list[tuple[int, int]]:
-    """Return where the rows of each part begin and end; rows of one prompt stay together."""
+    """Return where each part begins and ends; rows of one prompt, which stand side by side, stay together."""
     sizes = [len(list(rows)) for _, rows in groupby(uids)]
     counts = [sum(share) for share in deal(sizes, parts)]
     ends = [sum(counts[: part + 1]) for part in range(parts)]

@@ -126,7 +126,8 @@ class PolicyWorker(TrainedWorker):
             max_len=rollout.max_model_len,
             comm=self.comm,
         )
-        return [engine.generate(part, sampling) for part in prompts]
+        with self.comm.waiting("generation"):
+            return [engine.generate(part, sampling) for part in prompts]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, LoggingConfig
-from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
+from openrlhf.config.ppo import (
+    AlgorithmConfig,
+    PPOModelConfig,
+    PPOOptimConfig,
+    RayPPOConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy.checkpoint import CheckpointManager
@@ -58,7 +65,7 @@ def tiny_reward_model(path: Path, arch: str = "qwen2", **config: Any) -> str:
     return str(path)
 
 
-def tiny_ppo_config(folder: Path, **groups: Any) -> PPOConfig:
+def tiny_ppo_config(folder: Path, **groups: Any) -> RayPPOConfig:
     """Return a PPO configuration around a tiny policy in ``folder``; ``groups`` replace whole groups."""
     model = folder / "policy"
     if not model.is_dir():
@@ -74,10 +81,10 @@ def tiny_ppo_config(folder: Path, **groups: Any) -> PPOConfig:
         "checkpoint": CheckpointConfig(save_path=str(folder / "out"), ckpt_path=str(folder / "ckpt")),
         "logging": LoggingConfig(run_path=str(folder / "run")),
     }
-    return PPOConfig(**{**defaults, **groups})
+    return RayPPOConfig(**{**defaults, **groups})
 
 
-def solo_strategy(config: PPOConfig) -> DeepSpeedStrategy:
+def solo_strategy(config: RayPPOConfig) -> DeepSpeedStrategy:
     """Return the strategy of one rank."""
     strategy = DeepSpeedStrategy(config.deepspeed, max_norm=config.optim.max_norm, seed=config.batch.seed)
     strategy.setup_distributed()
@@ -112,13 +119,13 @@ class Recorder(Callback):
         self.evaluations.append((trainer.global_step, values))
 
 
-def local_roles(config: PPOConfig, prompts: int) -> Roles:
+def local_roles(config: RayPPOConfig, prompts: int) -> Roles:
     """Return the roles that the run needs, one worker each in this process."""
     return make_roles(config, solo_strategy(config), config.optimizer_steps(prompts))
 
 
 def local_loop(
-    config: PPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
+    config: RayPPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
 ) -> tuple[PPOLoop, Recorder]:
     """Return a loop over ``prompts`` prompts and the recorder of its metrics."""
     roles = local_roles(config, prompts)
@@ -149,17 +156,17 @@ def policy_weights(loop: PPOLoop) -> dict[str, Any]:
     return {name: weight.clone() for name, weight in loop.roles.policy.worker.engine.named_weights()}
 
 
-def with_rollout(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_rollout(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other rollout settings."""
     return replace(config, rollout=replace(config.rollout, **values))
 
 
-def with_batch(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_batch(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other batch settings."""
     return replace(config, batch=replace(config.batch, **values))
 
 
-def with_algorithm(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_algorithm(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other settings of the algorithm."""
     return replace(config, algorithm=replace(config.algorithm, **values))
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from openrlhf.errors import DataError, Preempted
-from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.reward_source import RewardResult
+from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.together import score_together
 from tests.strategy.programs import strategy_of
+from tests.trainer.ppo.harness import rollout_of
 
-REWARD = """
-def reward_func(queries, prompts, labels):
-    return {"rewards": [float(label) for label in labels], "extra_logs": {"seen": float(len(queries))}}
-"""
 UIDS = ["a", "a", "b", "b", "c", "c"]
-QUERIES = ["x"] * len(UIDS)
+ROLLOUTS = [rollout_of(Prompt(uid, uid, (1,)), [number]) for number, uid in enumerate(UIDS)]
+
+
+def judge(rollouts: list[Rollout]) -> RewardResult:
+    """Return the answers as rewards, and beside each how many were asked about at once."""
+    seen = {"seen": [float(len(rollouts))] * len(rollouts)}
+    return RewardResult([float(rollout.response_ids[0]) for rollout in rollouts], seen)
 
 
 class Adder:
@@ -48,18 +51,18 @@ class Adder:
         return self.rank
 
 
-def everything(folder: str) -> dict[str, Any]:
+def everything() -> dict[str, Any]:
     """Return what each of the programs below says."""
     comm = strategy_of(zero_stage=0).comm
     programs = groups, rewards, a_wrong_reward, a_stop_in_a_call, a_stop_in_a_reward
     found = {}
     for program in programs:
         signals._state.received = None
-        found[program.__name__] = program(comm, Path(folder))
+        found[program.__name__] = program(comm)
     return found
 
 
-def groups(comm: Comm, _: Path) -> dict[str, Any]:
+def groups(comm: Comm) -> dict[str, Any]:
     """Return what a group answers, and whether one that fails on one rank leaves the others behind."""
     group = LocalGroup(Adder(comm.rank), comm)
     sums = group.map(Adder.add, [1, 2, 3, 4], [10, 20, 30, 40], scale=2)
@@ -74,22 +77,28 @@ def groups(comm: Comm, _: Path) -> dict[str, Any]:
     return {"size": group.size, "here": here, "all": group.get(sums), "totals": group.get(totals), "failed": agreed}
 
 
-def rewards(comm: Comm, folder: Path) -> tuple[list[float], dict[str, list[float]]]:
-    """Return the rewards of six samples of three prompts, which each are their own label."""
-    result = score_together(comm, _function(folder), QUERIES, QUERIES, [str(n) for n in range(6)], UIDS)
+def rewards(comm: Comm) -> tuple[list[float], dict[str, list[float]]]:
+    """Return the rewards of six samples of three prompts."""
+    result = score_together(comm, ROLLOUTS, judge)
     return result.rewards, result.extra
 
 
-def a_wrong_reward(comm: Comm, folder: Path) -> str:
+def a_wrong_reward(comm: Comm) -> str:
     """Return what a rank hears when the reward of a sample of rank 1 fails."""
+
+    def fail_on_the_last(rollouts: list[Rollout]) -> RewardResult:
+        if rollouts[-1] is ROLLOUTS[-1]:
+            raise DataError("no reward for c")
+        return judge(rollouts)
+
     try:
-        score_together(comm, _function(folder), QUERIES, QUERIES, ["1"] * 5 + ["none"], UIDS)
+        score_together(comm, ROLLOUTS, fail_on_the_last)
     except DataError as error:
         return str(error)
     return "no error"
 
 
-def a_stop_in_a_call(comm: Comm, _: Path) -> str:
+def a_stop_in_a_call(comm: Comm) -> str:
     """Return how a call ends in which one rank is asked to stop."""
     group = LocalGroup(Adder(comm.rank), comm)
     try:
@@ -100,27 +109,18 @@ def a_stop_in_a_call(comm: Comm, _: Path) -> str:
     return "went on"
 
 
-def a_stop_in_a_reward(comm: Comm, folder: Path) -> str:
+def a_stop_in_a_reward(comm: Comm) -> str:
     """Return how scoring ends when a signal interrupts the function of one rank."""
 
-    class Interrupted(RewardFunction):
-        def score(self, *columns: Any) -> Any:
-            if comm.rank == 1:
-                signals.ask("SIGTERM")
-                raise KeyboardInterrupt
-            return super().score(*columns)
+    def interrupted(rollouts: list[Rollout]) -> RewardResult:
+        if comm.rank == 1:
+            signals.ask("SIGTERM")
+            raise KeyboardInterrupt
+        return judge(rollouts)
 
     try:
         with signals.droppable(comm):
-            score_together(comm, Interrupted(_path(folder)), QUERIES, QUERIES, ["1"] * 6, UIDS)
+            score_together(comm, ROLLOUTS, interrupted)
     except Preempted as error:
         return str(error)
     return "went on"
-
-
-def _path(folder: Path) -> Path:
-    return folder / "reward.py"
-
-
-def _function(folder: Path) -> RewardFunction:
-    return RewardFunction(_path(folder))
