@@ -52,7 +52,11 @@ class LocalGroup:
     def __init__(self, worker: Any, comm: Comm | None = None):
         self.worker = worker
         self.comm = comm or SoloComm()
-        self.size = self.comm.world_size
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.comm.world_size
 
     def map(self, method: Callable, *columns: Sequence[Any], **common: Any) -> list[Any]:
         """Call the worker with the items of this rank."""

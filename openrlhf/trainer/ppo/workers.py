@@ -232,7 +232,7 @@ class RewardWorker(Worker):
 
     def score(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """Return the scores ``(B,)``. An answer that was cut off is read with an end-of-sequence token appended."""
-        return self._forward(batches, self._score)
+        return [scores.flatten() for scores in self._forward(batches, self._score)]
 
     def _score(self, batch: SequenceBatch) -> Tensor:
         sequences, attention_mask = close_with_eos(batch.sequences, batch.attention_mask, self.tokenizer.eos_token_id)
