@@ -21,7 +21,8 @@ ONE_EACH = {f"{role}_num_gpus_per_node": 1 for role in ("actor", "critic", "ref"
 def material(tmp_path_factory) -> dict:
     """The flags of the run: a model, a file and a critic judge 11 prompts in 2 rollout steps, the last one short.
 
-    The weight matrices are large enough for ZeRO-3 to cut them.
+    The weight matrices are large enough for ZeRO-3 to cut them. An optimizer step is a whole rollout: of several, each
+    rank deals its own rows to them.
     """
     folder = tmp_path_factory.mktemp("material")
     rows = [{"input": f"{QUESTIONS[n % 4]} {n}", "label": str(n)} for n in range(11)]
@@ -35,7 +36,8 @@ def material(tmp_path_factory) -> dict:
         "generate_max_len": 6,
         "rollout_batch_size": 6,
         "micro_rollout_batch_size": 2,
-        "train_batch_size": 3,
+        "train_batch_size": 6,
+        "max_epochs": 2,
         "micro_train_batch_size": 2,
         "actor_learning_rate": 1e-3,
         "critic_learning_rate": 1e-3,

@@ -69,7 +69,8 @@ def groups(comm: Comm) -> dict[str, Any]:
     here = [future for future in sums if isinstance(future, int)]
     totals = group.run(Adder.total, sums)
     try:
-        group.get(group.run(Adder.fail_on_one))
+        with signals.held():  # as checkpoints are written
+            group.get(group.run(Adder.fail_on_one))
         failed = None
     except OSError as error:
         failed = str(error)
