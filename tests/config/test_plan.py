@@ -80,6 +80,12 @@ def test_a_rollout_step_says_answers_updates_and_rewards(rows):
     assert "40 prompts x 1 episode: 3 rollout steps, 5 optimizer steps" in text
 
 
+def test_reward_models_and_a_reward_file_are_both_named(tmp_path):
+    (tmp_path / "reward.py").write_text("")
+    text = plan(RayPPOConfig, [*PPO, "--remote_rm_url", str(tmp_path / "reward.py")], 1)
+    assert f"reward: a + b + {tmp_path / 'reward.py'}" in text
+
+
 def test_an_estimator_without_a_critic_says_so():
     assert "reinforce, no critic" in plan(RayPPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
 
