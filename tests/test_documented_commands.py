@@ -19,7 +19,8 @@ CONFIGS = {
     "train_kto": "KTOConfig",
     "train_kd": "KDConfig",
     "train_prm": "PRMConfig",
-    "train_ppo_ray": "PPOConfig",
+    "train_ppo": "PPOConfig",
+    "train_ppo_ray": "RayPPOConfig",
 }
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
 OPTIONAL = {"${placement[@]}"}
@@ -59,7 +60,7 @@ def expand(word):
 
 def check(name, arguments):
     module = importlib.import_module(
-        "openrlhf.config.ppo" if name == "train_ppo_ray" else "openrlhf.config.supervised"
+        "openrlhf.config.ppo" if name.startswith("train_ppo") else "openrlhf.config.supervised"
     )
     parse(getattr(module, CONFIGS[name]), [*arguments, "--dry_run"], name)
 

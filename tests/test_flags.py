@@ -11,7 +11,7 @@ from openrlhf.config.algorithms import ESTIMATORS
 from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import PPOConfig, RayPPOConfig
 from openrlhf.config.supervised import (
     DPOConfig,
     KDConfig,
@@ -29,7 +29,8 @@ COMMANDS = {
     "train_kto": KTOConfig,
     "train_kd": KDConfig,
     "train_prm": PRMConfig,
-    "train_ppo_ray": PPOConfig,
+    "train_ppo": PPOConfig,
+    "train_ppo_ray": RayPPOConfig,
     "lora_combiner": CombinerConfig,
 }
 KINDS = {"int": int, "float": float, "str": str, None: bool}
@@ -50,6 +51,15 @@ EVERYWHERE = {
 HF_CKPT = {"save_hf_ckpt", "disable_ds_ckpt"}
 PACKING = {"packing_samples", "ring_attn_size", "ring_head_stride"}
 TEMPLATES = {"input_template", "apply_chat_template", "tokenizer_chat_template"}
+PPO = EVERYWHERE | {
+    *("tokenizer_chat_template", "label_key", "ema_beta"),
+    *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func", "best_metric_key"),
+    *("rollout_max_tokens_per_gpu", "prm_pretrain", "prm_placeholder_token", "prm_reward_tokens"),
+    *("kl_estimator", "use_kl_loss", "kl_horizon", "no_advantage_std_norm", "policy_loss_type", "loss_reduction"),
+    *("eps_clip_low_high", "dual_clip", "entropy_loss_coef", "overlong_buffer_len", "overlong_penalty_factor"),
+    *("stop_properly_penalty_coef", "enable_vllm_is_correction", "vllm_is_correction_type"),
+    *("vllm_is_truncated_threshold", "dynamic_filtering", "dynamic_filtering_reward_range"),
+}
 EXTRA = {
     "train_sft": EVERYWHERE,
     "lora_combiner": {"trust_remote_code"},
@@ -62,24 +72,8 @@ EXTRA = {
     | {"lr_scheduler", "tokenizer_chat_template", "precompute_ref_log_probs"},
     "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
     "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
-    "train_ppo_ray": {
-        *EVERYWHERE,
-        *("rollout_max_tokens_per_gpu", "prm_pretrain", "prm_placeholder_token", "prm_reward_tokens"),
-        *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
-        *("kl_estimator", "use_kl_loss", "kl_horizon", "no_advantage_std_norm", "policy_loss_type", "loss_reduction"),
-        *("eps_clip_low_high", "dual_clip", "entropy_loss_coef", "overlong_buffer_len", "overlong_penalty_factor"),
-        *("stop_properly_penalty_coef", "enable_vllm_is_correction", "vllm_is_correction_type"),
-        *(
-            "vllm_is_truncated_threshold",
-            "eval_split",
-            "eval_temperature",
-            "eval_n_samples_per_prompt",
-            "eval_reward_func",
-            "dynamic_filtering",
-            "dynamic_filtering_reward_range",
-            "best_metric_key",
-        ),
-    },
+    "train_ppo": PPO | PACKING | {"ref_reward_offload"},
+    "train_ppo_ray": PPO | (PACKING - {"packing_samples"}) | {"sync_tolerance"},
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]
 IDS = [f"{command}{row['flag']}" for command, row in ROWS]

@@ -15,7 +15,7 @@ from typing import Any
 
 from openrlhf.cli.common import run
 from openrlhf.config.plan import plan_lines
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import ENGINES, PROCESS, Placement
 from openrlhf.strategy import signals
@@ -25,13 +25,13 @@ RESERVE_S = 600.0
 """How long to wait for devices that others use, or that an autoscaler of the cluster is fetching."""
 
 
-def plan(config: PPOConfig, _: int) -> list[str]:
+def plan(config: RayPPOConfig, _: int) -> list[str]:
     """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
     placement = Placement.from_config(config)
     return plan_lines(config, placement.role("actor").workers, placement=placement.describe())
 
 
-def placement_problems(config: PPOConfig) -> list[str]:
+def placement_problems(config: RayPPOConfig) -> list[str]:
     """Return why the roles cannot be placed as ``config`` asks."""
     try:
         Placement.from_config(config)
@@ -40,21 +40,21 @@ def placement_problems(config: PPOConfig) -> list[str]:
     return []
 
 
-def prompts(config: PPOConfig) -> Any:
+def prompts(config: RayPPOConfig) -> Any:
     """Return the training prompts, before any model."""
     from openrlhf.trainer.ppo.program import Inputs
 
     return Inputs(config).prompts
 
 
-def train(config: PPOConfig) -> None:
+def train(config: RayPPOConfig) -> None:
     """Train as ``config`` says. Raises the errors of :mod:`openrlhf.errors`."""
     placement = Placement.from_config(config)
     with open_run(config, "train_ppo_ray") as opened:
         _train(config, placement, opened)
 
 
-def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
+def _train(config: RayPPOConfig, placement: Placement, opened: Run) -> None:
     from openrlhf.ray.cluster import connect, disconnect
     from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run, start_up_lines
 
@@ -75,7 +75,7 @@ def _train(config: PPOConfig, placement: Placement, opened: Run) -> None:
         disconnect()
 
 
-def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: int) -> tuple[Any, Any, Any]:
+def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps: int) -> tuple[Any, Any, Any]:
     """Start all workers and engines and return the roles, the engine and the weight sync.
 
     All load at once; but an engine that shares devices loads first, because it measures what memory is free.
@@ -116,7 +116,7 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
     return roles, engines, RayWeightSync(roles.policy, engines)
 
 
-def _start_engines(config: PPOConfig, placement: Placement, slots: Any, watch: Any) -> tuple[Any, list[Any]]:
+def _start_engines(config: RayPPOConfig, placement: Placement, slots: Any, watch: Any) -> tuple[Any, list[Any]]:
     """Start the vLLM engines; return them and the futures of their loading."""
     from openrlhf.ray.vllm_actor import RayEngines
 
@@ -136,7 +136,7 @@ def _start_engines(config: PPOConfig, placement: Placement, slots: Any, watch: A
     return engines, loading
 
 
-def _for_workers(config: PPOConfig) -> PPOConfig:
+def _for_workers(config: RayPPOConfig) -> RayPPOConfig:
     """Return the configuration as processes elsewhere need it: absolute folders, and no key of a logging service."""
     model = config.model
     rewards = ",".join(_absolute(path) for path in model.reward_models) or None
@@ -156,4 +156,4 @@ def _absolute(path: str) -> str:
 
 
 if __name__ == "__main__":
-    run(PPOConfig, train, "train_ppo_ray", plan, problems=placement_problems, data=prompts)
+    run(RayPPOConfig, train, "train_ppo_ray", plan, problems=placement_problems, data=prompts)

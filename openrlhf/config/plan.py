@@ -82,7 +82,7 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"then {_count(updates, 'optimizer step')} x {_count(batch.max_epochs, 'epoch')}",
         _rank_line(config, ranks, "answers"),
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
-        f"reward: {config.reward.remote_rm_url or ' + '.join(config.model.reward_models)}",
+        f"reward: {' + '.join(filter(None, [*config.model.reward_models, config.reward.remote_rm_url]))}",
     ]
     return [*lines, UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}", *_files(config)]
 
@@ -110,8 +110,7 @@ def count_rows(spec: str | None, most: int) -> int | None:
 
 
 def _engine_text(config: PPOConfig) -> str:
-    engines = config.vllm.engines
-    return _count(engines, "vLLM engine") if engines else "the policy itself"
+    return _count(config.engines, "vLLM engine") if config.engines else "the policy itself"
 
 
 def _files(config: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The flag groups of PPO, and the one configuration that every PPO program reads."""
+"""The flag groups of PPO, and the configurations of its two programs: that of Ray is the other one and placement."""
 
 from __future__ import annotations
 
@@ -287,25 +287,30 @@ class PPOConfig:
 
     run_prefix: ClassVar[str] = "ppo"
     model: PPOModelConfig = field(default_factory=PPOModelConfig)
-    prompts: PromptDataConfig = field(default_factory=PromptDataConfig)
+    prompts: PromptDataConfig = field(default_factory=lambda: PromptDataConfig(max_samples=1_000_000))
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(rollout_batch_size=512))
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(micro_train_batch_size=4))
     optim: PPOOptimConfig = field(default_factory=PPOOptimConfig)
-    placement: PlacementConfig = field(default_factory=PlacementConfig)
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(
-        default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_ppo_ray")
-    )
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_ppo"))
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="openrlhf_train_ppo"))
     save_value_network: bool = flag(False, "Also export the critic to <save_path>_critic.")
     actor_init_on_gpu: bool = flag(False, "Move the actor to its GPU before DeepSpeed starts.")
-    perf: bool = flag(False, "Record the time of each phase.")
+
+    @property
+    def engines(self) -> int:
+        """The number of engines that generate; 0 means that the policy itself does."""
+        return 0
+
+    @property
+    def sync_tolerance(self) -> float | None:
+        """Largest mean gap of engine and trainer log-probs; None for what the dtype allows."""
+        return None
 
     @property
     def loads_reference(self) -> bool:
@@ -365,8 +370,6 @@ class PPOConfig:
                 "--use_ds_universal_ckpt converts checkpoints of the supervised commands only: leave it out, and "
                 "resume with the ranks and the --zero_stage that the checkpoint was saved with"
             )
-        if self.deepspeed.zero_stage == 3 and self.vllm.engines == 0:
-            found.append("--zero_stage 3 cannot generate with the policy: set --vllm_num_engines, or use stage 2")
         return found
 
     def notices(self) -> list[str]:
@@ -387,3 +390,30 @@ class PPOConfig:
         if self.save_value_network and not self.algorithm.estimator.needs_critic:
             found.append(f"--save_value_network: {self.algorithm.advantage_estimator} has no critic to save")
         return found
+
+
+@dataclass(frozen=True)
+class RayPPOConfig(PPOConfig):
+    """PPO on Ray.
+
+    Train a policy against reward models with PPO or a relative of it, every model on devices of its own.
+    """
+
+    prompts: PromptDataConfig = field(default_factory=PromptDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    checkpoint: CheckpointConfig = field(
+        default_factory=lambda: CheckpointConfig(ckpt_path="./ckpt/checkpoints_ppo_ray")
+    )
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    perf: bool = flag(False, "Record the time of each phase.")
+
+    @property
+    def engines(self) -> int:
+        """The number of vLLM engines; 0 means that the policy itself generates."""
+        return self.vllm.engines
+
+    @property
+    def sync_tolerance(self) -> float | None:
+        """Largest mean gap of engine and trainer log-probs; None for what the dtype allows."""
+        return self.vllm.sync_tolerance

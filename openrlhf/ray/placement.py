@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openrlhf import device
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.errors import UsageError
 
 SHARED_GPU_MEMORY = 0.4
@@ -58,7 +58,7 @@ class Placement:
     notices: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, config: PPOConfig) -> Placement:
+    def from_config(cls, config: RayPPOConfig) -> Placement:
         """Read the layout off the flags.
 
         Raises:
@@ -146,7 +146,7 @@ class Placement:
             lines.append("  no vLLM engines: the policy generates")
         return lines + [f"  {notice}" for notice in self.notices]
 
-    def _problems(self, config: PPOConfig) -> list[str]:
+    def _problems(self, config: RayPPOConfig) -> list[str]:
         found = []
         for pool in self.pools:
             members = [role for role in self.roles if role.pool == pool]
@@ -169,7 +169,7 @@ class Placement:
         return []
 
 
-def _roles(config: PPOConfig) -> tuple[Role, ...]:
+def _roles(config: RayPPOConfig) -> tuple[Role, ...]:
     """Return the groups that the flags ask for; the pool is named after the first role in it."""
     flags, algorithm = config.placement, config.algorithm
     has_critic = algorithm.estimator.needs_critic
@@ -192,7 +192,7 @@ def _roles(config: PPOConfig) -> tuple[Role, ...]:
     return tuple(roles)
 
 
-def _notices(config: PPOConfig, names: set[str]) -> list[str]:
+def _notices(config: RayPPOConfig, names: set[str]) -> list[str]:
     flags, sizes, found = config.placement, config.vllm, []
     if flags.colocate_critic_reward and "critic" not in names:
         found.append("--colocate_critic_reward has no effect: there is no critic")
@@ -203,7 +203,7 @@ def _notices(config: PPOConfig, names: set[str]) -> list[str]:
     return found
 
 
-def _size_problem(config: PPOConfig, first: Role, other: Role) -> str:
+def _size_problem(config: RayPPOConfig, first: Role, other: Role) -> str:
     flags = config.placement
     if flags.colocate_all_models and not (first.pool == "critic" and flags.colocate_critic_reward):
         cause = "--colocate_all_models"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from openrlhf.models.actor import Actor
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
 from openrlhf.strategy import signals
+from openrlhf.strategy.comm import Comm, SoloComm
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -17,14 +19,14 @@ LOWEST = torch.finfo(torch.float32).min
 class HFEngine:
     """A :class:`~openrlhf.rollout.engine.RolloutEngine` around an :class:`~openrlhf.models.actor.Actor`.
 
-    Every sample has a random generator of its own, so it does not depend on what shares its batch. The ranks of a
-    sharded policy call :meth:`generate` together, with equally many prompts.
+    Every sample has a random generator of its own, so it does not depend on what shares its batch.
 
     Args:
         actor: the policy, or a function that returns it.
         tokenizer: gives the ids of the end and of padding.
         micro_batch_size: samples that are generated together.
         max_len: most tokens of prompt and answer; None leaves the length to the sampling parameters.
+        comm: the ranks that share the weights; they call :meth:`generate` together, each with prompts of its own.
         policy_version: see below.
 
     Attributes:
@@ -38,7 +40,9 @@ class HFEngine:
         micro_batch_size: int = 8,
         policy_version: int = 0,
         max_len: int | None = None,
+        comm: Comm | None = None,
     ):
+        self._comm = comm or SoloComm()
         self._actor = (lambda: actor) if isinstance(actor, nn.Module) else actor
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
@@ -49,9 +53,13 @@ class HFEngine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Return ``sampling.n`` rollouts a prompt, next to each other, in the order of ``prompts``."""
         wanted = [(prompt, index) for prompt in prompts for index in range(sampling.n)]
+        starts = range(0, len(wanted), self.micro_batch_size)
+        idle = self._batches_of_others(len(starts))
         rollouts: list[Rollout] = []
-        for start in range(0, len(wanted), self.micro_batch_size):
+        for start in starts:
             rollouts += self._generate_batch(wanted[start : start + self.micro_batch_size], sampling)
+        for _ in range(idle):
+            self._generate_batch([(Prompt("", "", (self.pad_id,)), 0)], replace(sampling, max_new_tokens=1))
         return rollouts
 
     def sleep(self) -> None:
@@ -59,6 +67,15 @@ class HFEngine:
 
     def wake_up(self) -> None:
         """Do nothing, as :meth:`sleep`."""
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a forward of one rank needs all others."""
+        return any(hasattr(parameter, "ds_id") for parameter in self._actor().parameters())
+
+    def _batches_of_others(self, own: int) -> int:
+        """Return how many batches of nobody this rank must generate after its ``own`` because others need it."""
+        return round(self._comm.all_reduce(float(own), op="max")) - own if self._sharded else 0
 
     def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
@@ -68,7 +85,7 @@ class HFEngine:
         seeds = [sample_seed(sampling.seed, sampling.step, prompt.uid, index) for prompt, index in wanted]
         input_ids, attention_mask = pad_left([prompt.token_ids for prompt, _ in wanted], self.pad_id, actor.device)
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
-        sharded = any(hasattr(parameter, "ds_id") for parameter in actor.parameters())
+        sharded = self._sharded
         # Ranks that share the weights could only leave together.
         processors = [sampler] if sharded else [_leave_if_asked, sampler]
         output = actor.generate(

@@ -4,7 +4,8 @@ After :func:`install` the first signal does one of three things, as the place wh
 
 * elsewhere than below (start-up): it interrupts what runs, there is nothing to save yet;
 * inside :func:`held`: it is remembered, and the loop asks with :func:`requested` or :func:`agreed` between its parts;
-* inside :func:`droppable`: it is remembered, and whoever waits there asks with :func:`check`, which raises.
+* inside :func:`droppable`: it is remembered, and whoever waits there asks with :func:`check` (or the ranks all at once
+  with :func:`check_together`), which raises.
 
 A second signal ends the process at once, even where it waits in a library; what is on the disk is whole at any moment.
 Launchers and terminals signal a process twice for one request: a repetition within a second counts as the same.
@@ -34,6 +35,8 @@ DEAF_S = 10.0
 
 A start-up is ended then. Later, in a reward function or while a checkpoint is read, a step would be lost with it.
 """
+PATIENCE_S = 3600.0
+"""How long, in seconds, ranks wait for one whose samples take longer than theirs."""
 INNER_LAUNCHER, OUTER_LAUNCHERS = "deepspeed.launcher.launch", ("deepspeed", "deepspeed.launcher.runner")
 ELSEWHERE = "a signal to another rank"
 INTERRUPT, DROP, HOLD = "interrupt", "drop", "hold"
@@ -101,6 +104,15 @@ def check() -> None:
         raise Preempted(f"stopped by {_state.received}")
 
 
+def check_together(comm: Comm, after: str) -> None:
+    """Wait for all ranks ``after`` something that they may drop; raise :class:`Preempted` if one was asked to stop."""
+    if _state.place == HOLD:
+        return
+    comm.barrier(after, PATIENCE_S)
+    if agreed(comm):
+        raise Preempted(f"stopped by {_state.received}")
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """Only remember signals inside; the block itself asks whether one came. The start-up ends with the first one."""
@@ -112,10 +124,13 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def droppable() -> Iterator[None]:
-    """Let :func:`check` raise inside: what is worked on is repeated, the same, by the run that goes on."""
+def droppable(comm: Comm | None = None) -> Iterator[None]:
+    """Let :func:`check` raise inside: what is worked on is repeated, the same, by the run that goes on.
+
+    All ranks of ``comm`` enter it, or none does.
+    """
     with _at(DROP):
-        check()
+        check() if comm is None else check_together(comm, "one part of a step")
         yield
 
 
@@ -173,7 +188,8 @@ def _leave(terminal: int, why: str) -> NoReturn:
 
 
 def _say(terminal: int, line: str) -> None:
-    os.write(terminal, f"{line}\n".encode())
+    with suppress(OSError):  # the terminal may be gone
+        os.write(terminal, f"{line}\n".encode())
 
 
 def descendants(ancestor: int) -> list[int]:

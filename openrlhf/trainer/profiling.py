@@ -20,13 +20,18 @@ ROWS = 60
 
 
 class Recorder:
-    """Records what this process does between :meth:`start` and :meth:`stop`."""
+    """Records what this process does between :meth:`start` and :meth:`stop`, if no other recorder in it does."""
+
+    _one_records = False
 
     def __init__(self) -> None:
         self._profile: Any = None
 
     def start(self) -> None:
         """Begin to record."""
+        if Recorder._one_records:
+            return
+        Recorder._one_records = True
         from torch.profiler import ProfilerActivity, profile
 
         on_gpu = [ProfilerActivity.CUDA] if device_type() != "cpu" else []
@@ -35,6 +40,9 @@ class Recorder:
 
     def stop(self, folder: str | Path, name: str) -> None:
         """End, and write ``trace.<name>.json.gz`` and ``profile.<name>.txt`` to ``folder``."""
+        if self._profile is None:
+            return
+        Recorder._one_records = False
         self._profile.stop()
         self._profile.export_chrome_trace(str(Path(folder) / f"trace.{name}.json.gz"))
         order = "self_cpu_time_total" if device_type() == "cpu" else "self_device_time_total"

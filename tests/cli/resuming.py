@@ -87,42 +87,15 @@ def _start(trial: Trial, folder: Path, port: int, *switches: str) -> None:
 
 
 def _program(name: str):
-    """Return the configuration class and the function of a command; PPO's workers live in this process."""
-    from openrlhf.cli import train_dpo, train_kd, train_kto, train_prm, train_rm, train_sft
+    """Return the configuration class and the function of a command."""
+    from openrlhf.cli import train_dpo, train_kd, train_kto, train_ppo, train_prm, train_rm, train_sft
     from openrlhf.config.ppo import PPOConfig
 
     if name == "train_ppo":
-        return PPOConfig, train_ppo_here
+        return PPOConfig, train_ppo.train
     commands = (train_sft, train_rm, train_dpo, train_kto, train_kd, train_prm)
     (command,) = (module.command for module in commands if module.command.name == name)
     return command.config_class, command.train
-
-
-def train_ppo_here(config) -> None:
-    """Do what ``train_ppo_ray`` does with its workers in this process; the policy generates."""
-    from openrlhf.ray.host import build_worker
-    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
-    from openrlhf.trainer.ppo.groups import LocalGroup
-    from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run
-    from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
-    from openrlhf.trainer.setup import open_run
-
-    def group(worker, **own) -> LocalGroup:
-        return LocalGroup(build_worker(worker, config, own))
-
-    with open_run(config, "train_ppo") as opened:
-        inputs = Inputs(config)
-        steps = {"max_steps": inputs.optimizer_steps}
-        roles = Roles(
-            policy=group(PolicyWorker, **steps),
-            critic=group(CriticWorker, **steps) if config.critic_source else None,
-            reference=group(ReferenceWorker) if config.loads_reference else None,
-            rewards=[group(RewardWorker, path=path) for path in config.model.reward_models],
-        )
-        engine = PolicyEngine(roles.policy)
-        loop = build_loop(config, opened, inputs, roles, engine, engine)
-        loop.fit()
-        finish_run(config, opened, loop)
 
 
 @contextmanager

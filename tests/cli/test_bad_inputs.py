@@ -14,14 +14,14 @@ import pytest
 
 from openrlhf.cli import train_dpo, train_kd, train_kto, train_ppo_ray, train_prm, train_rm, train_sft
 from openrlhf.cli.common import run
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from tests.cli.bad_inputs import CASES, good_models, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPERVISED = [module.command for module in (train_sft, train_rm, train_dpo, train_kto, train_kd, train_prm)]
 READERS = {
     **{command.name: (command.config_class, command.read) for command in SUPERVISED},
-    "train_ppo_ray": (PPOConfig, train_ppo_ray.prompts),
+    "train_ppo_ray": (RayPPOConfig, train_ppo_ray.prompts),
 }
 CPU_SECONDS = 10
 

@@ -80,6 +80,13 @@ CASES = [
     Case("ppo", LOG, "phase: train, after step 1", "evaluation after step 2", 2),
     Case("ppo", LOG, "evaluation after step 2", "evaluation after step 2", 2),
     Case("ppo", LOG, "phase: export", "export", 4),
+    Case("ppo2", LOG, "phase: model", "", 0, whom=RANK_1),
+    Case("ppo2", LOG, "phase: generate, after step 1", "generate, after step 1", 1, whom=RANK_1),
+    Case("ppo2", LOG, "phase: make_experience, after step 1", "make_experience, after step 1", 1, whom=RANK_1),
+    Case("ppo2", LOG, "phase: train, after step 1", "evaluation after step 2", 2, whom=RANK_1),
+    Case("ppo2", LOG, "evaluation after step 2", "evaluation after step 2", 2, whom=RANK_1),
+    Case("ppo2", LOG, "phase: export", "export", 4, whom=RANK_1),
+    Case("ppo2", LOG, "phase: generate, after step 1", "generate, after step 1", 1, whom=LAUNCHER, code=1),
     Case("ppo-vllm", LOG, "phase: generate, after step 1", "generate, after step 1", 1),
     Case("ppo-vllm", LOG, "save step 2", "sync, after step 2", 2),
     Case("ppo-vllm", LOG, "phase: train, after step 1", "sync, after step 2", 2),
@@ -94,6 +101,7 @@ QUICK = [
         "sft_save_step_8_SIGTERM",
         "sft2_step_3_SIGTERM_local_rank_1",
         "ppo_phase_generate_after_step_1_SIGTERM",
+        "ppo2_phase_generate_after_step_1_SIGTERM_local_rank_1",
     )
 ]
 REWARD = """
@@ -124,6 +132,8 @@ class Program:
         flags = {**getattr(self, self.name.partition("2")[0].partition("-")[0])(folder)}
         flags |= {"save_path": folder / "model", "ckpt_path": folder / "ckpt"}
         switches = ("load_checkpoint",) if resume else ()
+        if self.name == "ppo2":
+            return on_two_ranks(command("train_ppo", flags, switches))
         if self.name.startswith("ppo"):
             return command("train_ppo_ray", flags, switches)
         words = command("train_rm" if self.name == "rm" else "train_sft", flags, switches)
@@ -146,11 +156,12 @@ class Program:
         """Four rollout steps: the policy samples and a file rewards, or vLLM samples and models reward and value."""
         here = self.material
         (folder / "reward.py").write_text(REWARD)
-        flags = {f"{role}_num_gpus_per_node": 1 for role in ("actor", "critic", "ref", "reward")}
+        roles = () if self.name == "ppo2" else ("actor", "critic", "ref", "reward")
+        flags = {f"{role}_num_gpus_per_node": 1 for role in roles}
         flags |= {"pretrain": here / "policy", "prompt_data": here / "prompts.jsonl", "input_key": "prompt"}
         flags |= {"prompt_max_len": 32, "rollout_batch_size": 8, "micro_rollout_batch_size": 4, "train_batch_size": 8}
         flags |= {"micro_train_batch_size": 2, "actor_learning_rate": 3e-3, "lr_warmup_ratio": 0, "num_episodes": 2}
-        if self.name == "ppo":
+        if self.name != "ppo-vllm":
             flags |= {"remote_rm_url": folder / "reward.py", "advantage_estimator": "reinforce"}
             return {**flags, "generate_max_len": 160, "eval_dataset": here / "prompts.jsonl", "eval_steps": 2}
         flags |= {"reward_pretrain": here / "reward", "vllm_num_engines": 1, "vllm_sync_backend": "gloo"}

@@ -10,7 +10,7 @@ import pytest
 
 from openrlhf.config.arguments import parse, to_flat_dict
 from openrlhf.config.flags import flag, flag_table
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.config.supervised import RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 
@@ -24,7 +24,7 @@ def sft(*words):
 
 
 def ppo(*words):
-    return parse(PPOConfig, [*PPO, *words], "train_ppo_ray")[0]
+    return parse(RayPPOConfig, [*PPO, *words], "train_ppo_ray")[0]
 
 
 def test_flags_reach_their_groups():
@@ -155,7 +155,7 @@ def test_the_flat_dictionary_masks_the_key_and_reads_back():
     config = ppo("--use_wandb", "0123456789abcdef", "--n_samples_per_prompt", "4")
     flat = to_flat_dict(config)
     assert flat["use_wandb"] == "***" and flat["n_samples_per_prompt"] == 4 and flat["adam_betas"] == [0.9, 0.95]
-    assert set(flat) == set(flag_table(PPOConfig))
+    assert set(flat) == set(flag_table(RayPPOConfig))
 
 
 def test_a_flag_declared_twice_is_a_mistake_of_ours():

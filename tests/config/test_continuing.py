@@ -6,10 +6,10 @@ import pytest
 
 from openrlhf.config.continuing import FREE_FLAGS, FREE_GROUPS, IN_THE_LAYOUT, changed_flags, longer, training_flags
 from openrlhf.config.flags import flag_table
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 
-COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, PPOConfig)
+COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, RayPPOConfig)
 
 
 def with_flags(config, **values):
@@ -40,11 +40,11 @@ def changes(config, **values):
         (RewardModelConfig, "loss", "logexp", "--loss sigmoid -> logexp"),
         (DPOConfig, "beta", 0.2, "--beta 0.1 -> 0.2"),
         (PRMConfig, "reward_tokens", ("+", "-"), "--reward_tokens None -> + -"),
-        (PPOConfig, "init_kl_coef", 0.1, "--init_kl_coef 0.01 -> 0.1"),
-        (PPOConfig, "eps_clip", 0.1, "--eps_clip 0.2 -> 0.1"),
-        (PPOConfig, "advantage_estimator", "rloo", "--advantage_estimator gae -> rloo"),
-        (PPOConfig, "max_epochs", 2, "--max_epochs 1 -> 2"),
-        (PPOConfig, "n_samples_per_prompt", 2, "--n_samples_per_prompt 1 -> 2"),
+        (RayPPOConfig, "init_kl_coef", 0.1, "--init_kl_coef 0.01 -> 0.1"),
+        (RayPPOConfig, "eps_clip", 0.1, "--eps_clip 0.2 -> 0.1"),
+        (RayPPOConfig, "advantage_estimator", "rloo", "--advantage_estimator gae -> rloo"),
+        (RayPPOConfig, "max_epochs", 2, "--max_epochs 1 -> 2"),
+        (RayPPOConfig, "n_samples_per_prompt", 2, "--n_samples_per_prompt 1 -> 2"),
     ],
 )
 def test_a_flag_that_changes_the_training_is_named_with_both_values(command, name, value, said):
@@ -60,14 +60,14 @@ def test_a_flag_that_changes_the_training_is_named_with_both_values(command, nam
         (SFTConfig, {"micro_train_batch_size": 1, "gradient_checkpointing": True, "collective_timeout": 5}),
         (DPOConfig, {"ref_offload": True, "precompute_ref_log_probs": True}),
         (KDConfig, {"teacher_offload": True}),
-        (PPOConfig, {"colocate_all_models": True, "vllm_num_engines": 2, "eval_dataset": "x", "perf": True}),
+        (RayPPOConfig, {"colocate_all_models": True, "vllm_num_engines": 2, "eval_dataset": "x", "perf": True}),
     ],
 )
 def test_places_cadences_and_placement_may_change(command, values):
     assert changes(command(), **values) == []
 
 
-@pytest.mark.parametrize(("command", "name"), [(SFTConfig, "max_epochs"), (PPOConfig, "num_episodes")])
+@pytest.mark.parametrize(("command", "name"), [(SFTConfig, "max_epochs"), (RayPPOConfig, "num_episodes")])
 def test_a_run_may_be_made_longer_but_not_shorter_in_silence(command, name):
     short, long = (training_flags(with_flags(command(), **{name: count})) for count in (3, 4))
     assert changed_flags(short, long) == [] and longer(short, long) == f"--{name} 3 -> 4"

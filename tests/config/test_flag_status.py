@@ -10,7 +10,7 @@ from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, missing_package
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import PPOConfig, RolloutConfig
+from openrlhf.config.ppo import RayPPOConfig, RolloutConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy.deepspeed_config import train_config
@@ -24,7 +24,7 @@ ASKED = {
 }
 
 
-COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, PPOConfig)
+COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, RayPPOConfig)
 
 
 def test_every_listed_flag_exists():
@@ -37,14 +37,14 @@ def test_every_listed_flag_exists():
 @pytest.mark.parametrize("name", NOT_YET)
 def test_a_flag_that_is_not_built_yet_is_an_error(name):
     with pytest.raises(UsageError) as caught:
-        parse(PPOConfig, [*PPO, f"--{name}", *ASKED[name]], "train_ppo_ray")
+        parse(RayPPOConfig, [*PPO, f"--{name}", *ASKED[name]], "train_ppo_ray")
     assert caught.value.problems == [f"--{name}: {NOT_YET[name].why}"]
 
 
 @pytest.mark.parametrize("name", NOT_YET)
 def test_a_dry_run_refuses_it_too(name):
     with pytest.raises(UsageError):
-        parse(PPOConfig, [*PPO, "--dry_run", f"--{name}", *ASKED[name]], "train_ppo_ray")
+        parse(RayPPOConfig, [*PPO, "--dry_run", f"--{name}", *ASKED[name]], "train_ppo_ray")
 
 
 def test_a_dry_run_passes_for_modelscope_because_it_touches_no_hub():
@@ -59,7 +59,7 @@ def test_the_default_of_such_a_flag_may_be_written():
 def test_a_python_reward_file_works_where_a_server_does_not(tmp_path):
     path = tmp_path / "reward.py"
     path.write_text("", encoding="utf-8")
-    config = parse(PPOConfig, [*PPO, "--remote_rm_url", str(path)], "train_ppo_ray")[0]
+    config = parse(RayPPOConfig, [*PPO, "--remote_rm_url", str(path)], "train_ppo_ray")[0]
     assert config.reward.reward_file == str(path)
     assert config.critic_source == "model"
 
@@ -82,7 +82,7 @@ def test_what_ppo_cannot_do_yet_works_in_supervised_commands(name, words, monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     parse(SFTConfig, [*SFT, f"--{name}", *words.split()], "train_sft")
     assert capsys.readouterr().err == "" and "Not yet" not in status(name, flag_table(SFTConfig))
-    assert "Not yet" in status(name, flag_table(PPOConfig))
+    assert "Not yet" in status(name, flag_table(RayPPOConfig))
 
 
 @pytest.mark.parametrize(("ranks", "fits"), [("1", False), ("2", True), ("3", False), ("4", True)])
@@ -125,7 +125,7 @@ def test_liger_kernels_need_their_package_and_a_gpu(gpu, monkeypatch, capsys):
 
 def test_one_line_for_each_flag_without_effect(monkeypatch, capsys):
     monkeypatch.setattr("openrlhf.config.arguments.gpu_present", lambda: False)
-    parse(PPOConfig, [*PPO, "--vllm_enable_sleep", "--perf", "--overlap_comm"], "train_ppo_ray")
+    parse(RayPPOConfig, [*PPO, "--vllm_enable_sleep", "--perf", "--overlap_comm"], "train_ppo_ray")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["--perf", "--vllm_enable_sleep"]
 
@@ -155,7 +155,7 @@ def test_offloading_the_reference_needs_a_gpu_and_stage_three():
     ],
 )
 def test_a_flag_of_a_feature_that_is_off_is_told(words, feature, capsys):
-    parse(PPOConfig, [*PPO, *words], "train_ppo_ray")
+    parse(RayPPOConfig, [*PPO, *words], "train_ppo_ray")
     assert capsys.readouterr().err == f"note: {words[0]} has no effect here: it needs {feature}\n"
 
 
@@ -210,7 +210,7 @@ def test_a_flag_that_another_flag_makes_idle_is_said(command, words, capsys):
         "train_sft": SFTConfig,
         "train_rm": RewardModelConfig,
         "train_dpo": DPOConfig,
-        "train_ppo_ray": PPOConfig,
+        "train_ppo_ray": RayPPOConfig,
     }
     good = {
         "train_sft": SFT[:4] if "pretrain_mode" in words else SFT,
@@ -273,6 +273,6 @@ def test_deepspeed_never_hears_of_flags_that_its_stage_does_not_have(stage):
 def test_a_package_that_is_not_installed_is_named_with_what_installs_it(module, words, says, monkeypatch):
     monkeypatch.setattr("openrlhf.config.flag_status.find_spec", lambda name: None if name == module else object())
     with pytest.raises(UsageError) as caught:
-        parse(PPOConfig, [*PPO, *words.split()], "train_ppo_ray")
+        parse(RayPPOConfig, [*PPO, *words.split()], "train_ppo_ray")
     assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith(says)
-    assert parse(PPOConfig, [*PPO, *words.split(), "--dry_run"], "train_ppo_ray")[1]
+    assert parse(RayPPOConfig, [*PPO, *words.split(), "--dry_run"], "train_ppo_ray")[1]

@@ -8,7 +8,7 @@ import pytest
 
 from openrlhf.config.arguments import parse
 from openrlhf.config.plan import plan_lines
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.config.supervised import SFTConfig
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
@@ -68,24 +68,30 @@ def test_steps_of_other_sources_are_known_once_the_data_is_read(rows):
         ["--dataset", f"{rows},{rows}", "--dataset_probs", "0.5,0.5"],
     ):
         assert "steps: known once the data is read" in plan(SFTConfig, [*SFT, *words], 1)
-    assert "steps: known once the data is read" in plan(PPOConfig, PPO, 1)
+    assert "steps: known once the data is read" in plan(RayPPOConfig, PPO, 1)
 
 
 def test_a_rollout_step_says_answers_updates_and_rewards(rows):
     words = [*PPO, "--n_samples_per_prompt", "4", "--train_batch_size", "48", "--vllm_num_engines", "2"]
-    text = plan(PPOConfig, [*words, "--prompt_data", rows, "--max_samples", "40"], 2)
+    text = plan(RayPPOConfig, [*words, "--prompt_data", rows, "--max_samples", "40"], 2)
     assert "16 prompts x 4 answers = 64 answers of at most 1024 tokens, from 2 vLLM engines" in text
     assert "then 2 optimizer steps x 1 epoch\n  2 ranks" in text
     assert "gae, critic from a" in text and "reward: a + b" in text
     assert "40 prompts x 1 episode: 3 rollout steps, 5 optimizer steps" in text
 
 
+def test_reward_models_and_a_reward_file_are_both_named(tmp_path):
+    (tmp_path / "reward.py").write_text("")
+    text = plan(RayPPOConfig, [*PPO, "--remote_rm_url", str(tmp_path / "reward.py")], 1)
+    assert f"reward: a + b + {tmp_path / 'reward.py'}" in text
+
+
 def test_an_estimator_without_a_critic_says_so():
-    assert "reinforce, no critic" in plan(PPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
+    assert "reinforce, no critic" in plan(RayPPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
 
 
 def test_placement_lines_are_shown_as_given():
-    assert "devices:\n  slot 0: actor, ref" in plan(PPOConfig, PPO, 1, placement=["slot 0: actor, ref"])
+    assert "devices:\n  slot 0: actor, ref" in plan(RayPPOConfig, PPO, 1, placement=["slot 0: actor, ref"])
 
 
 def test_the_plan_never_shows_an_api_key():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOConfig, PPOModelConfig, VLLMConfig
+from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
 from openrlhf.ray import cluster
 from openrlhf.ray.placement import Placement
 
@@ -18,7 +18,7 @@ ONE_EACH = PlacementConfig(
 def placement_of(actors: int = 1, engines: int = 0, **flags) -> Placement:
     """Return the placement of ``actors`` policy workers and ``engines`` engines, nothing else."""
     return Placement.from_config(
-        PPOConfig(
+        RayPPOConfig(
             model=PPOModelConfig(pretrain="policy"),
             placement=replace(ONE_EACH, actor_num_gpus_per_node=actors, **flags),
             vllm=VLLMConfig(vllm_num_engines=engines),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from openrlhf.config.groups import LoRAConfig
-from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOConfig, PPOModelConfig, VLLMConfig
+from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
 
@@ -19,7 +19,7 @@ TWO_EACH = PlacementConfig(
 
 
 def config_with(*, vllm: VLLMConfig | None = None, rewards: str = "rm", algorithm: dict | None = None, **flags):
-    return PPOConfig(
+    return RayPPOConfig(
         model=PPOModelConfig(pretrain="policy", reward_pretrain=rewards),
         placement=replace(TWO_EACH, **flags),
         vllm=vllm or VLLMConfig(vllm_num_engines=2),

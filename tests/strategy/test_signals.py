@@ -96,6 +96,20 @@ with signals.held():
     assert "once more" in output
 
 
+def test_a_second_signal_ends_a_process_whose_terminal_is_gone():
+    program = """
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 2)
+signals._state.installed = False
+signals.install()  # listens anew, with the terminal as it is now
+with signals.held():
+    ready(); wait()
+"""
+    code, seconds, _ = asked(program, signal.SIGTERM, signal.SIGTERM)
+    assert code == 143 and seconds < 5
+
+
 def test_a_second_signal_ends_the_children_and_theirs_too():
     program = """
 import subprocess

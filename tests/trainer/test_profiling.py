@@ -62,6 +62,17 @@ def test_without_the_flag_or_the_steps_nothing_is_written(tmp_path, steps):
     assert not said and not list(tmp_path.iterdir())
 
 
+def test_of_several_recorders_in_one_process_the_first_records_for_all(tmp_path):
+    first, second = Recorder(), Recorder()
+    for again in ("1", "2"):
+        first.start()
+        second.start()
+        torch.ones(2, 2) @ torch.ones(2, 3)
+        first.stop(tmp_path, f"first{again}")
+        second.stop(tmp_path, f"second{again}")
+    assert {path.name for path in tmp_path.glob("trace.*")} == {"trace.first1.json.gz", "trace.first2.json.gz"}
+
+
 @pytest.mark.parametrize("text", ["0-3", "5-3", "a", "3-", "-3", "3-5-7", "1.5"])
 def test_what_is_no_range_of_steps_is_an_error_that_shows_one(text):
     (problem,) = LoggingConfig(profile_steps=text).problems()

@@ -38,8 +38,10 @@ class PPOCheckpointing(Checkpointing):
 
     def savers(self, trainer: Any) -> dict[str, Callable[[Path], None]]:
         """Return what saves each role and then looks whether the files of all its ranks are here."""
-        sizes = {"actor": self._roles.policy.size, "critic": self._roles.critic.size if self._roles.critic else 0}
         savers = self._each_role(PolicyWorker.save, CriticWorker.save)
+        if self._roles.comm.world_size > 1:
+            return savers  # the ranks save together, and the manager compares what they see
+        sizes = {"actor": self._roles.policy.size, "critic": self._roles.critic.size if self._roles.critic else 0}
         return {name: partial(_save_and_look, saver, sizes[name]) for name, saver in savers.items()}
 
     def loaders(self, trainer: Any) -> dict[str, Callable[[Path], None]]:

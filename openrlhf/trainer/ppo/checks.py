@@ -63,7 +63,7 @@ def _not_finite(rollouts: Sequence[Rollout], experiences: list[Experience]) -> N
 
 def _sync_tolerance(config: PPOConfig) -> float:
     """Return the largest mean gap; an engine that reports log-probs of the nucleus may be off by -log(top_p)."""
-    return (config.vllm.sync_tolerance or SYNC_TOLERANCE[config.model.bf16]) - math.log(config.rollout.top_p)
+    return (config.sync_tolerance or SYNC_TOLERANCE[config.model.bf16]) - math.log(config.rollout.top_p)
 
 
 def name_prompts(rollouts: Sequence[Rollout], samples: Iterable[int]) -> str:

@@ -28,14 +28,19 @@ SHOWN_IN_TRAINING = 4
 
 @dataclass
 class SampleLog:
-    """``samples.jsonl``: one sampled answer a line, with ``when`` ("before", "after" or "train") and its scores."""
+    """``samples.jsonl``: one sampled answer a line, with ``when`` ("before", "after" or "train") and its scores.
 
-    path: Path
+    Without a ``path``, on all ranks but one, nothing is written.
+    """
+
+    path: Path | None
     tokenizer: Any
     failures: int = 0
 
     def start(self, step: int) -> None:
         """Begin anew at step 0; else keep what was written up to ``step``, not what was interrupted after it."""
+        if self.path is None:
+            return
         with self._guarded():
             rewind(self.path, step)
 
@@ -50,6 +55,8 @@ class SampleLog:
         temperature: float,
     ) -> None:
         """Append ``count`` of the rollouts, spread evenly over them. A disk that refuses is said, never raised."""
+        if self.path is None:
+            return
         count = min(count, len(rollouts))
         lines = []
         for index in (len(rollouts) * number // count for number in range(count)):

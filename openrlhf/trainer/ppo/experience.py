@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_source import RewardFunction, RewardResult
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy import signals
+from openrlhf.strategy.comm import Comm, SoloComm
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, shape_scores, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, Steps, sums_of
+from openrlhf.trainer.ppo.together import score_together
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 
@@ -29,7 +32,8 @@ from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWo
 class Roles:
     """The groups of workers of a run; a role that the run does not need is None.
 
-    ``shared``: the policy and the critic live on the same devices, so they learn one after the other.
+    ``shared``: the policy and the critic live on the same devices, so they learn one after the other. ``comm``: the
+    processes that run the loop, each with all samples: the driver alone on Ray, every rank under a launcher.
     """
 
     policy: WorkerGroup
@@ -38,6 +42,7 @@ class Roles:
     rewards: Sequence[WorkerGroup] = ()
     process: WorkerGroup | None = None
     shared: bool = False
+    comm: Comm = SoloComm()
 
     @property
     def groups(self) -> list[WorkerGroup]:
@@ -281,6 +286,10 @@ class ExperienceMaker:
         """Return what a reward function of python says, or None when there is none."""
         if function is None:
             return None
+        return score_together(self.roles.comm, rollouts, partial(self._ask_alone, function))
+
+    def _ask_alone(self, function: RewardFunction, rollouts: list[Rollout]) -> RewardResult:
+        """Return what a reward function says of some of the rollouts."""
         prompts = [rollout.prompt for rollout in rollouts]
         queries = self.tokenizer.batch_decode([list(rollout.token_ids) for rollout in rollouts])
         heads = self.tokenizer.batch_decode([list(prompt.token_ids) for prompt in prompts])
@@ -289,8 +298,7 @@ class ExperienceMaker:
             prompt.text if query.startswith(prompt.text) else head
             for query, prompt, head in zip(queries, prompts, heads, strict=True)
         ]
-        with signals.interruptible():
-            return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
+        return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
         self,

@@ -1,8 +1,9 @@
 """The PPO loop: prompts, rollouts, experiences, update, weight sync. It reads the same wherever the workers live.
 
 The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.experience.Roles` say where the
-models are. What happens between rollout steps (progress, logs, evaluation, checkpoints) are callbacks, shared with the
-supervised loop: ``global_step`` counts rollout steps.
+models are. On Ray one driver runs it; under a launcher every rank does, in step with the others, and the groups deal
+the work out. What happens between rollout steps (progress, logs, evaluation, checkpoints) are callbacks, shared with
+the supervised loop: ``global_step`` counts rollout steps.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class PPOLoop:
     def _step(self, prompts: list[Prompt]) -> None:
         """Do one rollout step."""
         began, self._seconds = time.perf_counter(), {}
-        with rewound_when_stopped(), signals.droppable():
+        with rewound_when_stopped(), signals.droppable(self.roles.comm):
             batch = self._collect(prompts)
             if batch.rollouts:
                 with self._clock("make_experience"):
@@ -177,8 +178,8 @@ class PPOLoop:
         self.callbacks.on_step_end(self, metrics)
 
     def leave_if_asked(self) -> None:
-        """Raise ``Preempted`` when the run was asked to stop."""
-        if signals.requested():
+        """Raise ``Preempted`` on all ranks when one was asked to stop."""
+        if signals.agreed(self.roles.comm):
             raise Preempted("asked to stop")
 
     @contextmanager
@@ -249,7 +250,7 @@ class PPOLoop:
         """Return the figures on the evaluation prompts, and tell the callbacks."""
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
         self.evaluating = True
-        with rewound_when_stopped(), signals.droppable():
+        with rewound_when_stopped(), signals.droppable(self.roles.comm):
             values = self.evaluator.evaluate(self.global_step, when)
         self.evaluating = False
         self.callbacks.on_evaluate(self, values)

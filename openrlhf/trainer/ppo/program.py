@@ -16,18 +16,19 @@ from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.strategy.checkpoint import CheckpointManager
-from openrlhf.strategy.comm import SoloComm
+from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
+from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.process import step_tokens
+from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
 from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
+from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
 from openrlhf.trainer.setup import Run, memory_per_rank
@@ -111,6 +112,17 @@ def _check_folders(config: PPOConfig) -> None:
         check_model(model.critic_pretrain, trust_remote_code=model.trust_remote_code, flag="--critic_pretrain")
 
 
+def local_roles(config: PPOConfig, strategy: DeepSpeedStrategy, max_steps: int) -> Roles:
+    """Return the roles that the run needs, a worker of each in every rank; ``max_steps`` as in the schedule."""
+    comm = strategy.comm
+    policy = LocalGroup(PolicyWorker(config, strategy, max_steps=max_steps), comm)
+    critic = LocalGroup(CriticWorker(config, strategy, max_steps=max_steps), comm) if config.critic_source else None
+    reference = LocalGroup(ReferenceWorker(config, strategy), comm) if config.loads_reference else None
+    rewards = [LocalGroup(RewardWorker(config, strategy, path=path), comm) for path in config.model.reward_models]
+    process = LocalGroup(ProcessRewardWorker(config, strategy), comm) if config.reward.prm_pretrain else None
+    return Roles(policy, critic, reference, rewards, process, shared=True, comm=comm)
+
+
 def build_loop(
     config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, engine: RolloutEngine, weight_sync: WeightSync
 ) -> PPOLoop:
@@ -120,7 +132,7 @@ def build_loop(
     """
     seed_everything(config.batch.seed)
     maker = ExperienceMaker(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)
-    samples = SampleLog(run.path / "samples.jsonl", inputs.tokenizer)
+    samples = SampleLog(run.path / "samples.jsonl" if run.rank == 0 else None, inputs.tokenizer)
     evaluator = Evaluator(config, inputs.eval_prompts, engine, maker, samples)
     callbacks = ppo_callbacks(config, run, roles)
     return PPOLoop(config, roles, engine, weight_sync, maker, inputs.prompts, evaluator, callbacks)
@@ -130,18 +142,18 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
     """Return the callbacks of a PPO command in their order."""
     manager = CheckpointManager(
         config.checkpoint,
-        SoloComm(),
+        roles.comm,
         layout=checkpoint_layout(config, roles),
         flags=training_flags(config),
         say=run.say,
     )
-    recording = of_groups(roles.groups, Worker.start_recording, Worker.stop_recording)
+    talks, recording = run.rank == 0, of_groups(roles.groups, Worker.start_recording, Worker.stop_recording)
     return [
         Alarms(PPO_ALARMS, run.say),
         ProgressLine(run.console, SHOWN),
         MetricLogging(
-            JsonlLogger(run.path / "metrics.jsonl"),
-            build_loggers(config.logging, run.flags, run.path),
+            JsonlLogger(run.path / "metrics.jsonl") if talks else None,
+            build_loggers(config.logging, run.flags, run.path) if talks else [],
             config.logging.logging_steps,
         ),
         Profiling(config.logging.profile_steps, *recording, run.path, run.say),
@@ -184,5 +196,6 @@ def finish_run(config: PPOConfig, run: Run, loop: PPOLoop) -> None:
         if config.save_value_network and roles.critic:
             roles.critic.get(roles.critic.run(CriticWorker.export, path=f"{path}_critic"))
             run.say(f"critic in {path}_critic")
-        run.say(report_line(run.path))
+        if run.rank == 0:
+            run.say(report_line(run.path))
         loop.leave_if_asked()

@@ -71,13 +71,15 @@ class Worker:
             for index, batch in enumerate(batches)
             for rows in cut(batch, list(range(len(batch))), size, budget)
         ]
+        # Agreed on before the first: while one rank asked, another would wait for it in a forward.
+        idle = round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)
         outputs: list[list[Tensor]] = [[] for _ in batches]
         order: list[list[int]] = [[] for _ in batches]
         for index, rows in pieces:
             result = compute(batches[index].select(rows).to(self.strategy.device)).float().cpu()
             outputs[index].append(_widen(result, batches[index]))
             order[index] += rows
-        for _ in range(round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)):
+        for _ in range(idle):
             compute(blank_sequences().to(self.strategy.device))
         return [_in_order(parts, rows) for parts, rows in zip(outputs, order, strict=True)]
 

@@ -159,9 +159,15 @@ class PolicyWorker(TrainedWorker):
         """Sample answers with the policy itself: one list of rollouts for each list of prompts."""
         rollout = self.config.rollout
         engine = HFEngine(
-            self.actor, self.tokenizer, rollout.micro_rollout_batch_size, version, max_len=rollout.max_model_len
+            self.actor,
+            self.tokenizer,
+            rollout.micro_rollout_batch_size,
+            version,
+            max_len=rollout.max_model_len,
+            comm=self.comm,
         )
-        return [engine.generate(part, sampling) if part else [] for part in prompts]
+        with self.comm.waiting("generation"):
+            return [engine.generate(part, sampling) for part in prompts]
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.
@@ -273,7 +279,7 @@ class RewardWorker(Worker):
 
     def score(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """Return the scores ``(B,)``. An answer that was cut off is read with an end-of-sequence token appended."""
-        return self._forward(batches, self._score)
+        return [scores.flatten() for scores in self._forward(batches, self._score)]
 
     def _score(self, batch: SequenceBatch) -> Tensor:
         sequences, attention_mask = close_with_eos(batch.sequences, batch.attention_mask, self.tokenizer.eos_token_id)

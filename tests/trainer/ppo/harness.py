@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, LoggingConfig
-from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
+from openrlhf.config.ppo import (
+    AlgorithmConfig,
+    PPOModelConfig,
+    PPOOptimConfig,
+    RayPPOConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from openrlhf.rollout.reward_source import RewardFunction
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy.checkpoint import CheckpointManager
@@ -17,10 +24,8 @@ from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
-from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
-from openrlhf.trainer.ppo.process import ProcessRewardWorker
-from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+from openrlhf.trainer.ppo.program import local_roles as make_roles
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 COUNT_E = (
@@ -60,7 +65,7 @@ def tiny_reward_model(path: Path, arch: str = "qwen2", **config: Any) -> str:
     return str(path)
 
 
-def tiny_ppo_config(folder: Path, **groups: Any) -> PPOConfig:
+def tiny_ppo_config(folder: Path, **groups: Any) -> RayPPOConfig:
     """Return a PPO configuration around a tiny policy in ``folder``; ``groups`` replace whole groups."""
     model = folder / "policy"
     if not model.is_dir():
@@ -76,10 +81,10 @@ def tiny_ppo_config(folder: Path, **groups: Any) -> PPOConfig:
         "checkpoint": CheckpointConfig(save_path=str(folder / "out"), ckpt_path=str(folder / "ckpt")),
         "logging": LoggingConfig(run_path=str(folder / "run")),
     }
-    return PPOConfig(**{**defaults, **groups})
+    return RayPPOConfig(**{**defaults, **groups})
 
 
-def solo_strategy(config: PPOConfig) -> DeepSpeedStrategy:
+def solo_strategy(config: RayPPOConfig) -> DeepSpeedStrategy:
     """Return the strategy of one rank."""
     strategy = DeepSpeedStrategy(config.deepspeed, max_norm=config.optim.max_norm, seed=config.batch.seed)
     strategy.setup_distributed()
@@ -114,22 +119,13 @@ class Recorder(Callback):
         self.evaluations.append((trainer.global_step, values))
 
 
-def local_roles(config: PPOConfig, prompts: int) -> Roles:
+def local_roles(config: RayPPOConfig, prompts: int) -> Roles:
     """Return the roles that the run needs, one worker each in this process."""
-    strategy = solo_strategy(config)
-    steps = config.optimizer_steps(prompts)
-    critic = CriticWorker(config, strategy, max_steps=steps) if config.algorithm.estimator.needs_critic else None
-    return Roles(
-        policy=LocalGroup(PolicyWorker(config, strategy, max_steps=steps)),
-        critic=LocalGroup(critic) if critic else None,
-        reference=LocalGroup(ReferenceWorker(config, strategy)) if config.loads_reference else None,
-        rewards=[LocalGroup(RewardWorker(config, strategy, path=path)) for path in config.model.reward_models],
-        process=LocalGroup(ProcessRewardWorker(config, strategy)) if config.reward.prm_pretrain else None,
-    )
+    return make_roles(config, solo_strategy(config), config.optimizer_steps(prompts))
 
 
 def local_loop(
-    config: PPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
+    config: RayPPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
 ) -> tuple[PPOLoop, Recorder]:
     """Return a loop over ``prompts`` prompts and the recorder of its metrics."""
     roles = local_roles(config, prompts)
@@ -160,17 +156,17 @@ def policy_weights(loop: PPOLoop) -> dict[str, Any]:
     return {name: weight.clone() for name, weight in loop.roles.policy.worker.engine.named_weights()}
 
 
-def with_rollout(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_rollout(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other rollout settings."""
     return replace(config, rollout=replace(config.rollout, **values))
 
 
-def with_batch(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_batch(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other batch settings."""
     return replace(config, batch=replace(config.batch, **values))
 
 
-def with_algorithm(config: PPOConfig, **values: Any) -> PPOConfig:
+def with_algorithm(config: RayPPOConfig, **values: Any) -> RayPPOConfig:
     """Return ``config`` with other settings of the algorithm."""
     return replace(config, algorithm=replace(config.algorithm, **values))
 

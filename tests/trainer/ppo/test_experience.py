@@ -258,6 +258,16 @@ def test_fewer_rollouts_than_shards_leave_some_empty(tmp_path):
     assert loop.update(made)["policy_loss"] == pytest.approx(0.0, abs=1.0)
 
 
+def test_a_reward_model_gives_no_scores_for_a_shard_without_rows(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
+    loop, _ = local_loop(replace(config, model=model, reward=RewardConfig()))
+    rollouts = generated(loop, count=2)
+    expected, _ = loop.maker.score(rollouts)
+    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
+    assert loop.maker.score(rollouts)[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_without_a_kl_penalty_there_is_no_reference(tmp_path):
     loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), init_kl_coef=0.0))
     assert loop.roles.reference is None
