@@ -44,8 +44,12 @@ class NoEffect:
     where: Callable[[dict[str, Any], bool], bool] = lambda values, gpu: True
 
 
-def _http(urls: str | None) -> bool:
-    return any(url.strip().startswith(("http://", "https://")) for url in (urls or "").split(","))
+def _without_servers(values: dict[str, Any], gpu: bool) -> bool:
+    return "://" not in (values["remote_rm_url"] or "")
+
+
+def _without_function(values: dict[str, Any], gpu: bool) -> bool:
+    return ".py" not in (values["remote_rm_url"] or "") and not values["eval_reward_func"]
 
 
 def _on_cpu(values: dict[str, Any], gpu: bool) -> bool:
@@ -81,7 +85,6 @@ NOT_YET = {
     "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
     "use_dynamic_batch": NotYet("PPO does not cut by tokens yet; leave it out", beside="prompt_data"),
     "pretrain_data": NotYet("the PPO-ptx loss is not built yet; leave it out"),
-    "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
@@ -102,6 +105,7 @@ _REFERENCE = NoEffect(
 )
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
+_SERVERS = NoEffect("it needs a server in --remote_rm_url", _without_servers)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
 
 NO_EFFECT_HERE = {
@@ -152,10 +156,12 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
+    **dict.fromkeys(("remote_rm_mode", "remote_rm_timeout", "remote_rm_tries", "remote_rm_key"), _SERVERS),
+    "reward_func_timeout": NoEffect("it needs a .py file in --remote_rm_url or --eval_reward_func", _without_function),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(
-        "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
+        "only reward functions and servers read labels (--remote_rm_url, --eval_reward_func)",
         lambda v, gpu: "remote_rm_url" in v and not (v["remote_rm_url"] or v["eval_reward_func"]),
     ),
     "show_samples": NoEffect("a run shows them anyway; it is for --dry_run", _unset("dry_run")),

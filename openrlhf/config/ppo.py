@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
@@ -9,8 +10,10 @@ from typing import ClassVar
 from openrlhf.config.algorithms import ESTIMATORS, Estimator
 from openrlhf.config.checks import (
     file_problems,
+    key_problems,
     source_problems,
     template_problems,
+    url_problems,
 )
 from openrlhf.config.flags import flag
 from openrlhf.config.groups import (
@@ -29,6 +32,8 @@ from openrlhf.config.groups import (
     OptimConfig,
     common_problems,
 )
+
+REMOTE_MODES = ("sum", "replicas")
 
 
 @dataclass(frozen=True)
@@ -109,31 +114,75 @@ class RolloutConfig:
 class RewardConfig:
     """Rewards."""
 
-    remote_rm_url: str | None = flag(None, "A .py file with reward_func(queries, prompts, labels), or endpoints.")
+    remote_rm_url: str | None = flag(
+        None, "Reward servers (http://HOST:PORT/PATH) and .py files with reward_func, separated by commas."
+    )
+    remote_rm_mode: str = flag(
+        "sum", "Several servers: add up their rewards, or share the work between equal ones.", choices=REMOTE_MODES
+    )
+    remote_rm_timeout: float = flag(180.0, "Seconds that a reward server may take for one request.", above=0)
+    remote_rm_tries: int = flag(5, "How often a request is sent to servers that fail before the run ends.", at_least=1)
+    remote_rm_key: str | None = flag(None, "Key of the reward servers: a file, or an environment variable's name.")
+    reward_func_timeout: float = flag(600.0, "Seconds that one call of a reward function may take.", above=0)
+    reward_weights: str | None = flag(
+        None, "Weights of reward models, then .py files, then servers, separated by commas; default is 1 each."
+    )
     normalize_reward: bool = flag(False, "Normalise with the mean and std stored in the reward model's config.json.")
     reward_clip_range: tuple[float, float] = flag((-10.0, 10.0), "Lowest and highest reward of a sample.")
-    label_key: str | None = flag(None, "Column of the reference answer that reward functions get.")
+    label_key: str | None = flag(None, "Column of the reference answer that reward functions and servers get.")
     ref_reward_offload: bool = flag(False, "Keep reference and reward models in main memory between uses.")
 
     @property
-    def reward_file(self) -> str | None:
-        """The python reward file, or None."""
-        first = (self.remote_rm_url or "").split(",")[0].strip()
-        return first if first.endswith(".py") else None
+    def reward_files(self) -> list[str]:
+        """The python reward files."""
+        return [entry for entry in self._entries if entry.endswith(".py") and "://" not in entry]
+
+    @property
+    def reward_servers(self) -> list[list[str]]:
+        """The addresses of each source of rewards that is a server; those of one source are replicas."""
+        urls = [entry for entry in self._entries if entry not in self.reward_files]
+        return [urls] if urls and self.remote_rm_mode == "replicas" else [[url] for url in urls]
+
+    @property
+    def remote_sources(self) -> int:
+        """How many sources of rewards there are beside reward models."""
+        return len(self.reward_files) + len(self.reward_servers)
+
+    @property
+    def _entries(self) -> list[str]:
+        return [entry.strip() for entry in (self.remote_rm_url or "").split(",") if entry.strip()]
 
     def problems(self) -> list[str]:
         low, high = self.reward_clip_range
-        found = file_problems("remote_rm_url", self.reward_file)
+        found = [problem for path in self.reward_files for problem in file_problems("remote_rm_url", path)]
         if low >= high:
             found.append(f"--reward_clip_range {low:g} {high:g}: the first must be below the second")
-        urls = [url.strip() for url in (self.remote_rm_url or "").split(",")]
-        if self.reward_file and len(urls) > 1:
-            found.append(f"--remote_rm_url {self.remote_rm_url}: a python file stands alone; call the others from it")
-        elif self.remote_rm_url and not self.reward_file and not all("://" in url for url in urls):
-            found.append(
-                f"--remote_rm_url {self.remote_rm_url} is neither a .py file nor a URL: write http://HOST:PORT"
+        for url in (url for urls in self.reward_servers for url in urls):
+            if "://" in url:
+                found += url_problems("remote_rm_url", url)
+            else:
+                found.append(f"--remote_rm_url {url} is neither a .py file nor a URL: write http://HOST:PORT/PATH")
+        return found + key_problems("remote_rm_key", self.remote_rm_key)
+
+    def weights(self, models: int) -> list[float]:
+        """Return the weights of all sources of rewards, of which ``models`` are reward models.
+
+        Raises:
+            ValueError: ``--reward_weights`` does not fit; the rest of a sentence that begins with the flag.
+        """
+        count = models + self.remote_sources
+        if self.reward_weights is None:
+            return [1.0] * count
+        try:
+            weights = [float(word) for word in self.reward_weights.split(",")]
+        except ValueError:
+            raise ValueError(f"{self.reward_weights!r} is not a list of numbers: write for example 1,0.5") from None
+        if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(
+                f"{self.reward_weights!r}: give one finite weight for each of the {count} sources: reward models, "
+                "then .py files, then servers (replicas are one)"
             )
-        return found
+        return weights
 
 
 @dataclass(frozen=True)
@@ -288,6 +337,13 @@ class PPOConfig:
         return self.algorithm.needs_reference and not self.lora.lora_rank
 
     @property
+    def reward_weights(self) -> tuple[list[float], list[float]]:
+        """The weights of the reward models, and those of the python files and servers."""
+        models = len(self.model.reward_models)
+        weights = self.reward.weights(models)
+        return weights[:models], weights[models:]
+
+    @property
     def critic_source(self) -> str | None:
         """Where the critic starts from; None when the estimator needs none."""
         if not self.algorithm.estimator.needs_critic:
@@ -312,8 +368,14 @@ class PPOConfig:
                 f"--advantage_estimator {name} compares answers to one prompt: "
                 f"--n_samples_per_prompt must be above 1, it is {samples}"
             )
-        if not self.model.reward_models and not self.reward.remote_rm_url:
-            found.append("no reward: name a model with --reward_pretrain, or a .py file with --remote_rm_url")
+        if not self.model.reward_models and not self.reward.remote_sources:
+            found.append(
+                "no reward: name a model with --reward_pretrain, or a .py file or a server with --remote_rm_url"
+            )
+        try:
+            self.reward.weights(len(self.model.reward_models))
+        except ValueError as error:
+            found.append(f"--reward_weights {error}")
         if self.checkpoint.use_ds_universal_ckpt:
             found.append(
                 "--use_ds_universal_ckpt converts checkpoints of train_sft and train_rm only: leave it out, and "

@@ -3,7 +3,8 @@ import pickle
 import pytest
 
 from openrlhf.errors import DataError, NumericError
-from openrlhf.rollout.reward_source import RewardFunction, RewardResult
+from openrlhf.rollout.reward_result import RewardResult
+from openrlhf.rollout.reward_source import RewardFunction
 
 QUERIES, PROMPTS, LABELS = ["q1", "q22", "q333"], ["p1", "p2", "p3"], ["1", "2", "3"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
-from openrlhf.rollout.reward_source import RewardFunction, RewardResult
+from openrlhf.rollout.reward_result import RewardResult, RewardSource
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy import signals
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, whitening
@@ -119,7 +119,7 @@ class ExperienceMaker:
         config: the run.
         roles: groups of workers.
         tokenizer: the policy's.
-        reward_function: of ``--remote_rm_url FILE.py``; its rewards are added to those of the reward models.
+        reward_function: python files and servers; their rewards are added to those of the reward models.
         true_score: of ``--eval_reward_func``; for the log only.
     """
 
@@ -128,8 +128,8 @@ class ExperienceMaker:
         config: PPOConfig,
         roles: Roles,
         tokenizer: Any,
-        reward_function: RewardFunction | None = None,
-        true_score: RewardFunction | None = None,
+        reward_function: RewardSource | None = None,
+        true_score: RewardSource | None = None,
     ):
         self.config = config
         self.roles = roles
@@ -184,8 +184,8 @@ class ExperienceMaker:
         """Set every reward model to work at once and return its futures."""
         return [(group, group.map(RewardWorker.score, shards)) for group in self.roles.rewards]
 
-    def _ask(self, function: RewardFunction | None, rollouts: list[Rollout]) -> RewardResult | None:
-        """Return what a reward function of python says, or None when there is none."""
+    def _ask(self, function: RewardSource | None, rollouts: list[Rollout]) -> RewardResult | None:
+        """Return what python files and servers say, or None when there are none."""
         if function is None:
             return None
         prompts = [rollout.prompt for rollout in rollouts]
@@ -202,8 +202,16 @@ class ExperienceMaker:
     def _add_up(
         self, rollouts: list[Rollout], models: list[tuple[WorkerGroup, list[Any]]], function: RewardResult | None
     ) -> Tensor:
-        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
-        columns = [torch.cat(group.get(futures)).double() for group, futures in models]
+        """Return the weighted sum of all reward sources ``(N,)``.
+
+        Raises:
+            NumericError: names the prompts without a number.
+        """
+        weights, _ = self.config.reward_weights
+        columns = [
+            weight * torch.cat(group.get(futures)).double()
+            for weight, (group, futures) in zip(weights, models, strict=True)
+        ]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
         scores = torch.stack(columns).sum(dim=0)

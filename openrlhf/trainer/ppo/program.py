@@ -15,6 +15,7 @@ from openrlhf.models.suitability import check_language_model, check_model, check
 from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
 from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.rewards import reward_source
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
@@ -41,7 +42,7 @@ class Inputs:
         tokenizer: the policy's.
         prompts: training prompts.
         eval_prompts: evaluation prompts; empty without ``--eval_dataset``.
-        reward_function: of ``--remote_rm_url FILE.py``, or None.
+        reward_function: python files and servers of ``--remote_rm_url``, or None.
         true_score: of ``--eval_reward_func``, or None.
     """
 
@@ -56,8 +57,8 @@ class Inputs:
         )
         for path in config.model.reward_models:
             check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
-        reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
-        self.reward_function = RewardFunction(reward_file) if reward_file else None
+        eval_file = config.evaluation.eval_reward_func
+        self.reward_function = reward_source(config)
         self.true_score = RewardFunction(eval_file) if eval_file else None
         data = config.prompts
         self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")

@@ -9,6 +9,7 @@ from typing import Any
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, LoggingConfig
 from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
 from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.rewards import reward_source
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
@@ -133,12 +134,12 @@ def local_loop(
     roles = local_roles(config, prompts)
     tokenizer = roles.policy.worker.tokenizer
     engine = PolicyEngine(roles.policy)
-    source, evaluation = config.reward.reward_file, config.evaluation.eval_reward_func
+    evaluation = config.evaluation.eval_reward_func
     maker = ExperienceMaker(
         config,
         roles,
         tokenizer,
-        RewardFunction(source) if source else None,
+        reward_source(config),
         RewardFunction(evaluation) if evaluation else None,
     )
     run_path = Path(config.logging.run_path)

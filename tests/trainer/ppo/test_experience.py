@@ -77,6 +77,9 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
     scores, true_scores = loop.maker.score(rollouts)
     assert scores == pytest.approx([2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5)
     assert true_scores is None
+    loop.maker.config = replace(loop.config, reward=replace(reward, reward_weights="1,-3,1"))
+    weighted = [-2 * value + number for number, value in enumerate(single, start=1)]
+    assert loop.maker.score(rollouts)[0] == pytest.approx(weighted, abs=1e-5)
 
 
 def test_the_reward_function_sees_query_prompt_and_label(tmp_path):
