@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.config.secrets import named_key
 from openrlhf.rollout.reward_client import Patience, RemoteRewards
+from openrlhf.rollout.reward_process import RewardProcess
 from openrlhf.rollout.reward_result import RewardResult, RewardSource
-from openrlhf.rollout.reward_source import RewardFunction
 
 
 class SummedRewards:
@@ -63,7 +63,7 @@ def reward_source(config: PPOConfig) -> RewardSource | None:
         DataError: a python file cannot be used.
     """
     reward = config.reward
-    functions = [RewardFunction(path) for path in reward.reward_files]
+    functions = [RewardProcess(path, reward.reward_func_timeout) for path in reward.reward_files]
     servers = None
     if reward.reward_servers:
         servers = RemoteRewards(

@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, LoggingConfig
 from openrlhf.config.ppo import AlgorithmConfig, PPOConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
-from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.reward_process import RewardProcess
 from openrlhf.rollout.rewards import reward_source
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy.checkpoint import CheckpointManager
@@ -140,7 +140,7 @@ def local_loop(
         roles,
         tokenizer,
         reward_source(config),
-        RewardFunction(evaluation) if evaluation else None,
+        RewardProcess(evaluation) if evaluation else None,
     )
     run_path = Path(config.logging.run_path)
     run_path.mkdir(exist_ok=True)
