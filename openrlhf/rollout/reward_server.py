@@ -38,6 +38,9 @@ from fastapi.responses import JSONResponse
 from openrlhf.errors import InfraError
 
 Score = Callable[[Sequence[str]], list[float]]
+SWITCH_S = 0.0005
+"""How long the model's thread may keep the interpreter from the event loop; python's own 5 ms, several times for each
+of many requests, is what a probe of the server's health would wait."""
 GOODBYE_S = 5
 """How long requests that are being answered have when the server is stopped."""
 DRAINED = 8
@@ -309,6 +312,7 @@ def web_server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
 
 def serve(app: FastAPI, place: socket.socket, limits: Limits | None = None) -> None:
     """Answer requests on ``place`` until SIGTERM or SIGINT; requests that are being answered are answered."""
+    sys.setswitchinterval(SWITCH_S)
     # uvicorn stops in order and then raises the signal once more, for whoever answered it before.
     with suppress(KeyboardInterrupt):
         web_server(app, limits).run(sockets=[place])

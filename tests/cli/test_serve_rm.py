@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -122,6 +123,21 @@ def test_a_key_from_the_environment_is_asked_for_and_never_shown(folder):
     assert "s3cret-canary" not in server.output + command_line
 
 
+@pytest.mark.full
+def test_under_load_every_answer_is_right(tmp_path):
+    words = [sys.executable, "benchmarks/reward_server.py", "--seconds", "8", "--runs", "1"]
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path / "rows.json")],
+        capture_output=True, text=True, timeout=280, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["clients"] for row in rows] == [16, 64]
+    for row in rows:
+        assert row["wrong rewards"] == row["unexpected 5xx"] == row["bad requests answered wrongly"] == 0
+        assert row["bad requests"] > 0 and row["requests_per_s"] > 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -134,7 +150,7 @@ def test_a_key_from_the_environment_is_asked_for_and_never_shown(folder):
         ("--reward_pretrain rm --batch_size 0", "--batch_size must be at least 1"),
     ],
 )
-def test_wrong_flags_are_refused_at_once(words, says):
+def test_wrong_flags_of_the_server_are_refused_at_once(words, says):
     with pytest.raises(UsageError, match=says) as caught:
         parse(ServeConfig, words.split(), "serve_rm")
     assert "s3cret" not in str(caught.value)
