@@ -259,3 +259,13 @@ def test_a_call_from_another_thread_works():
 
 def test_no_queries_need_no_request():
     assert client(closed_address()).score([], [])[0].rewards == []
+
+
+def test_a_signal_interrupts_the_wait_and_the_next_call_works():
+    with FakeRewardServer(fake.fails(1, fake.hang)) as server:
+        asked = client(server.url, patience=Patience(1, 60.0))
+        started = time.monotonic()
+        with fake.interrupted_after(0.5), pytest.raises(KeyboardInterrupt):
+            asked.score(QUERIES, PROMPTS)
+        assert time.monotonic() - started < 20
+        assert asked.score(QUERIES, PROMPTS)[0].rewards == TRUE

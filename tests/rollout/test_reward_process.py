@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,8 @@ import pytest
 from openrlhf.errors import DataError, NumericError
 from openrlhf.rollout.reward_process import RewardProcess
 from openrlhf.rollout.reward_result import RewardResult
+from tests.cli.supervised import ROOT, environment
+from tests.rollout.fake_reward_server import interrupted_after
 
 QUERIES, PROMPTS, LABELS = ["q1", "q22", "q333"], ["p1", "p2", "p3"], ["1", "2", "3"]
 
@@ -232,3 +236,36 @@ def test_large_requests_and_answers_pass(started):
     queries = ["x" * number for number in range(3000)]
     result = process.score(queries, [""] * 3000)
     assert result.rewards == [float(number) for number in range(3000)] and result.extra["n39"] == [39.0] * 3000
+
+
+WAITS = ["import time", "def reward_func(queries, prompts):", "    time.sleep(0 if queries[0] == 'fine' else 60)"]
+
+
+def test_a_signal_interrupts_the_wait_and_the_next_call_works(started):
+    process = started(*WAITS, "    return [1.0] * len(queries)", timeout_s=60.0)
+    with interrupted_after(0.5), pytest.raises(KeyboardInterrupt):
+        score(process)
+    assert process.score(["fine"], [""]).rewards == [1.0]
+
+
+DRIVER = """
+import sys, time
+from openrlhf.rollout.reward_process import RewardProcess
+process = RewardProcess(sys.argv[1], 3.0)
+print(int(process.score(["fine"], [""]).rewards[0]), flush=True)
+process.score([sys.argv[2]], [""])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("then", ["fine", "hang"])
+def test_a_driver_that_is_killed_leaves_no_process_behind(tmp_path, then):
+    lines = ["import os", *WAITS, "    return [os.getpid()] * len(queries)"]
+    (tmp_path / "reward.py").write_text("\n".join(lines))
+    words = [sys.executable, "-c", DRIVER, str(tmp_path / "reward.py"), then]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT) as driver:
+        pid = int(driver.stdout.readline())
+        time.sleep(0.3)
+        assert is_running(pid)
+        driver.kill()
+    assert ended(pid, seconds=20.0)

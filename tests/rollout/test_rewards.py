@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from openrlhf.config.plan import plan_lines
 from openrlhf.config.ppo import PPOConfig, PPOModelConfig, RewardConfig
 from openrlhf.errors import DataError, NumericError
 from openrlhf.rollout.rewards import reward_source
@@ -87,6 +88,15 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
             score(run_with(remote_rm_url=server.url, remote_rm_key=where))
     sent = [headers["Authorization"] for headers in server.headers]
     assert sent == ["Bearer from-a-file", "Bearer from-the-environment"]
+
+
+def test_the_plan_names_every_source_with_its_weight(lengths):
+    reward = RewardConfig(remote_rm_url=f"http://h/,{lengths},http://i/")
+    config = PPOConfig(model=PPOModelConfig(reward_pretrain="a"), reward=reward)
+    assert f"  reward: a + {lengths} + http://h/ + http://i/" in plan_lines(config, 1)
+    reward = replace(reward, remote_rm_mode="replicas", reward_weights="1,2,0.5")
+    lines = plan_lines(replace(config, reward=reward), 1)
+    assert f"  reward: 1 x a + 2 x {lengths} + 0.5 x http://h/ | http://i/" in lines
 
 
 def test_weights_go_to_models_then_files_then_servers(lengths):
