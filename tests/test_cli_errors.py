@@ -153,6 +153,7 @@ WRONG = [
     ("train_ppo_ray", "--remote_rm_url http://[fe80::1]/", "link-local addresses are the machine's own"),
     ("train_ppo_ray", "--remote_rm_mode mean", "--remote_rm_mode must be one of sum, replicas, got 'mean'"),
     ("train_ppo_ray", "--remote_rm_key s3cret", "--remote_rm_key names neither a file nor an environment variable"),
+    ("train_ppo_ray", "--reward_func_env NO_SUCH_KEY", "--reward_func_env NO_SUCH_KEY: there is no such environment"),
     ("train_ppo_ray", "--reward_weights 1,a", "--reward_weights '1,a' is not a list of numbers"),
     ("train_ppo_ray", "--reward_weights 1,inf", "one finite weight for each of the"),
     ("train_ppo_ray", "--eval_reward_func check.sh", "--eval_reward_func check.sh is not a .py file"),

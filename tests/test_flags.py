@@ -70,7 +70,7 @@ EXTRA = {
         *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
         *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func"),
         *("remote_rm_mode", "remote_rm_timeout", "remote_rm_tries", "remote_rm_key"),
-        *("reward_func_timeout", "reward_weights"),
+        *("reward_func_timeout", "reward_func_env", "reward_weights"),
     },
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]

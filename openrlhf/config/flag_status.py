@@ -106,6 +106,7 @@ _REFERENCE = NoEffect(
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
 _SERVERS = NoEffect("it needs a server in --remote_rm_url", _without_servers)
+_FUNCTIONS = NoEffect("it needs a .py file in --remote_rm_url or --eval_reward_func", _without_function)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
 
 NO_EFFECT_HERE = {
@@ -157,7 +158,7 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt"), _EVAL),
     **dict.fromkeys(("remote_rm_mode", "remote_rm_timeout", "remote_rm_tries", "remote_rm_key"), _SERVERS),
-    "reward_func_timeout": NoEffect("it needs a .py file in --remote_rm_url or --eval_reward_func", _without_function),
+    **dict.fromkeys(("reward_func_timeout", "reward_func_env"), _FUNCTIONS),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(

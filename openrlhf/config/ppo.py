@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
@@ -124,6 +125,9 @@ class RewardConfig:
     remote_rm_tries: int = flag(5, "How often a request is sent to servers that fail before the run ends.", at_least=1)
     remote_rm_key: str | None = flag(None, "Key of the reward servers: a file, or an environment variable's name.")
     reward_func_timeout: float = flag(600.0, "Seconds that one call of a reward function may take.", above=0)
+    reward_func_env: str | None = flag(
+        None, "Environment variables with keys that reward functions need, separated by commas; others are kept back."
+    )
     reward_weights: str | None = flag(
         None, "Weights of reward models, then .py files, then servers, separated by commas; default is 1 each."
     )
@@ -144,6 +148,11 @@ class RewardConfig:
         return [urls] if urls and self.remote_rm_mode == "replicas" else [[url] for url in urls]
 
     @property
+    def reward_func_secrets(self) -> list[str]:
+        """The environment variables whose names say that they are secret and that reward functions get."""
+        return [name.strip() for name in (self.reward_func_env or "").split(",") if name.strip()]
+
+    @property
     def remote_sources(self) -> int:
         """How many sources of rewards there are beside reward models."""
         return len(self.reward_files) + len(self.reward_servers)
@@ -162,6 +171,11 @@ class RewardConfig:
                 found += url_problems("remote_rm_url", url)
             else:
                 found.append(f"--remote_rm_url {url} is neither a .py file nor a URL: write http://HOST:PORT/PATH")
+        for name in self.reward_func_secrets:
+            if name not in os.environ:
+                found.append(
+                    f"--reward_func_env {name}: there is no such environment variable; name variables, not keys"
+                )
         return found + key_problems("remote_rm_key", self.remote_rm_key)
 
     def weights(self, models: int) -> list[float]:

@@ -31,8 +31,8 @@ from openrlhf.rollout.reward_result import RewardResult, names_of, result_from_j
 IN_FLIGHT = 4
 """Requests that a server is asked at a time; it may batch them."""
 LONGEST_ANSWER = 16 * 2**20
-LARGEST_REQUEST = 3 * 2**20
-"""Characters of text in a request of several queries: our own server takes bodies of 8 MiB."""
+LARGEST_REQUEST = 4 * 2**20
+"""Bytes of a request of several queries: our own server takes 8 MiB."""
 TRY_AGAIN = (408, 429)
 _jitter = random.SystemRandom()
 """Not the run's own random numbers: how often a server fails must not change what is learnt."""
@@ -156,7 +156,7 @@ class RemoteRewards:
         groups: list[list[tuple[str, ...]]] = []
         size = 0
         for row in zip(names, *columns, strict=True):
-            length = sum(map(len, row))
+            length = len(json.dumps(row))
             if not groups or len(groups[-1]) == self._batch_size or size + length > LARGEST_REQUEST:
                 groups.append([])
                 size = 0

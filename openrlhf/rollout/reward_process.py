@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from openrlhf.config.secrets import is_secret
 from openrlhf.errors import DataError, NumericError
 from openrlhf.rollout.reward_result import RewardResult, names_of, result_from_json
 from openrlhf.rollout.reward_source import FUNCTION
@@ -44,14 +45,16 @@ class RewardProcess:
     Args:
         path: the python file.
         timeout_s: how long a call may take, and the loading of the file.
+        secrets: environment variables that the function gets although their names say that they are secret.
 
     Raises:
         DataError: the file cannot be used.
     """
 
-    def __init__(self, path: str | Path, timeout_s: float = 600.0):
+    def __init__(self, path: str | Path, timeout_s: float = 600.0, secrets: Sequence[str] = ()):
         self.path = Path(path).expanduser().absolute()
         self._timeout_s = timeout_s
+        self._secrets = secrets
         self._worker: _Worker | None = None
         self._start()
 
@@ -86,7 +89,7 @@ class RewardProcess:
 
     def _start(self) -> _Worker:
         self.close()
-        self._worker = _Worker(self.path, self._timeout_s)
+        self._worker = _Worker(self.path, self._timeout_s, self._secrets)
         self._ask(self._worker, None)
         return self._worker
 
@@ -106,7 +109,7 @@ class RewardProcess:
 class _Worker:
     """One process and the pipes to it."""
 
-    def __init__(self, path: Path, timeout_s: float):
+    def __init__(self, path: Path, timeout_s: float, secrets: Sequence[str]):
         self._path, self._timeout_s = path, timeout_s
         self._places = tempfile.TemporaryFile()  # noqa: SIM115
         child_in, self._to = os.pipe()
@@ -116,7 +119,7 @@ class _Worker:
         words = [sys.executable, "-m", "openrlhf.rollout.reward_worker", str(path), str(timeout_s), *map(str, ends)]
         try:
             self._process = subprocess.Popen(  # noqa: S603
-                words, stdin=subprocess.DEVNULL, pass_fds=ends, env=_environment(), start_new_session=True
+                words, stdin=subprocess.DEVNULL, pass_fds=ends, env=_environment(secrets), start_new_session=True
             )
         finally:
             os.close(child_in)
@@ -180,10 +183,11 @@ class _Worker:
         return f"{self._path}: {FUNCTION} ended its process ({how}){where}"
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment in which the process finds what this one would import."""
+def _environment(secrets: Sequence[str]) -> dict[str, str]:
+    """Return an environment in which the process finds what this one imports, and of its keys only ``secrets``."""
     folders = [str(Path(__file__).resolve().parents[2]), *(folder or os.getcwd() for folder in sys.path)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
+    shared = {name: value for name, value in os.environ.items() if name in secrets or not is_secret(name)}
+    return {**shared, "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -38,9 +38,6 @@ class RewardFunction:
         self._function = _load_function(self.path)
         self._takes_labels = _label_passing(self._function, self.path)
 
-    def __reduce__(self):
-        return type(self), (str(self.path),)
-
     def score(
         self,
         queries: Sequence[str],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import PPOConfig, RewardConfig
 from openrlhf.config.secrets import named_key
 from openrlhf.rollout.reward_client import Patience, RemoteRewards
 from openrlhf.rollout.reward_process import RewardProcess
@@ -56,6 +56,11 @@ def _all_extra(results: Sequence[RewardResult]) -> dict[str, list[float]]:
     return extra
 
 
+def reward_function(path: str, reward: RewardConfig) -> RewardProcess:
+    """Return the function of a python file. Raises DataError when it cannot be used."""
+    return RewardProcess(path, reward.reward_func_timeout, reward.reward_func_secrets)
+
+
 def reward_source(config: PPOConfig) -> RewardSource | None:
     """Return what ``--remote_rm_url`` names, or None.
 
@@ -63,7 +68,7 @@ def reward_source(config: PPOConfig) -> RewardSource | None:
         DataError: a python file cannot be used.
     """
     reward = config.reward
-    functions = [RewardProcess(path, reward.reward_func_timeout) for path in reward.reward_files]
+    functions = [reward_function(path, reward) for path in reward.reward_files]
     servers = None
     if reward.reward_servers:
         servers = RemoteRewards(

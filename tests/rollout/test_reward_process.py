@@ -204,6 +204,17 @@ def test_a_call_from_another_thread_works_with_alarms_inside(started):
     assert found == [[1.0] * 3]
 
 
+def test_keys_are_kept_back_but_for_those_that_are_named(tmp_path, monkeypatch):
+    (tmp_path / "reward.py").write_text(
+        "import os\ndef reward_func(queries, prompts): return [float(query in os.environ) for query in queries]\n"
+    )
+    for name in ("MY_API_KEY", "OTHER_SECRET", "HARMLESS"):
+        monkeypatch.setenv(name, "x")
+    process = RewardProcess(tmp_path / "reward.py", 20.0, ["MY_API_KEY"])
+    assert process.score(["MY_API_KEY", "OTHER_SECRET", "HARMLESS"], [""] * 3).rewards == [1.0, 0.0, 1.0]
+    process.close()
+
+
 CHILD = "    import subprocess; child = subprocess.Popen(['sleep', '60'])"
 
 

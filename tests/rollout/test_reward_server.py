@@ -212,6 +212,18 @@ def test_a_text_that_the_model_fails_on_spoils_no_other_request(capfd):
     assert "failed on" in logged and "s3cret" not in logged and "bad" not in logged
 
 
+def test_what_is_being_answered_is_answered_before_the_server_stops():
+    gate = Gate()
+    with ThreadPoolExecutor(1) as pool:
+        with serving(gate) as url:
+            first = pool.submit(ask, url, ["a"])
+            until(lambda: gate.asked)
+            threading.Timer(0.3, gate.open.set).start()
+        assert first.result().json() == {"rewards": [reward_of("a")]}
+    with pytest.raises(requests.ConnectionError):
+        health(url)
+
+
 def test_an_address_in_use_is_named():
     with bind("127.0.0.1", 0) as place, pytest.raises(InfraError, match="--port .*choose another"):
         place.listen()

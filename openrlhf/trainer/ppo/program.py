@@ -14,8 +14,7 @@ from openrlhf.device import seed_everything
 from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
 from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
-from openrlhf.rollout.reward_process import RewardProcess
-from openrlhf.rollout.rewards import reward_source
+from openrlhf.rollout.rewards import reward_function, reward_source
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
@@ -59,7 +58,7 @@ class Inputs:
             check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
         eval_file = config.evaluation.eval_reward_func
         self.reward_function = reward_source(config)
-        self.true_score = RewardProcess(eval_file, config.reward.reward_func_timeout) if eval_file else None
+        self.true_score = reward_function(eval_file, config.reward) if eval_file else None
         data = config.prompts
         self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")
         wanted = config.evaluation.eval_dataset
