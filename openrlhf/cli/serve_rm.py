@@ -25,8 +25,9 @@ def plan(config: ServeConfig, _: int) -> list[str]:
 def serve_model(config: ServeConfig) -> None:
     """Serve as ``config`` says until the process is asked to stop. Raises the errors of :mod:`openrlhf.errors`."""
     from openrlhf.models.suitability import check_reward_model
+    from openrlhf.rollout.reward_batcher import Limits
     from openrlhf.rollout.reward_scorer import RewardScorer
-    from openrlhf.rollout.reward_server import Limits, bind, build_app, serve
+    from openrlhf.rollout.reward_server import bind, build_app, serve
 
     check_reward_model(
         config.reward_pretrain,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from openrlhf.config.ppo import PPOConfig, RewardConfig
 from openrlhf.config.secrets import named_key
-from openrlhf.rollout.reward_client import Patience, RemoteRewards
+from openrlhf.rollout.reward_client import RemoteRewards
 from openrlhf.rollout.reward_process import RewardProcess
+from openrlhf.rollout.reward_request import Patience
 from openrlhf.rollout.reward_result import RewardResult, RewardSource
 
 

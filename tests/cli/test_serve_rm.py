@@ -24,7 +24,8 @@ from openrlhf.config.serve import ServeConfig
 from openrlhf.errors import UsageError
 from openrlhf.rollout.rewards import reward_source
 from tests.cli.supervised import ROOT, environment
-from tests.trainer.ppo.harness import local_loop, rollout_of, tiny_ppo_config, tiny_reward_model
+from tests.cli.test_train_ppo_ray import data, metrics, ppo
+from tests.trainer.ppo.harness import local_loop, reward_file, rollout_of, tiny_ppo_config, tiny_reward_model
 
 CANARY = "the text of a user"
 
@@ -121,6 +122,34 @@ def test_a_key_from_the_environment_is_asked_for_and_never_shown(folder):
         command_line = Path(f"/proc/{server.process.pid}/cmdline").read_text()
         assert server.end(signal.SIGINT) == 0
     assert "s3cret-canary" not in server.output + command_line
+
+
+@pytest.mark.full
+def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is_gone(folder, tmp_path):
+    one = [f"--{role}_num_gpus_per_node=1" for role in ("actor", "ref")]
+    flags = [*data(tmp_path), *one, "--advantage_estimator", "reinforce", "--train_batch_size", "8"]
+    flags += ["--remote_rm_key", "RM_KEY", "--remote_rm_tries", "2", "--logging_steps", "1"]
+    with served(folder, "--api_key", "RM_KEY", RM_KEY="s3cret-canary") as server:
+        sources = f"{server.url},{reward_file(tmp_path)}"
+        done = ppo(
+            *flags, "--remote_rm_url", sources, "--reward_weights", "1,0.5", cwd=tmp_path, RM_KEY="s3cret-canary"
+        )
+        assert server.end() == 0
+        assert done.returncode == 0, done.stderr
+        rows = metrics(tmp_path / "out_run")
+        assert [row["step"] for row in rows] == [1, 2]
+        for row in rows:
+            total = row["reward_source_1"] + 0.5 * row["reward_source_2"]
+            assert row["reward"] == pytest.approx(total, abs=1e-4)
+        assert files_with(b"s3cret-canary", tmp_path) == [] and "s3cret-canary" not in done.stdout + done.stderr
+        gone = ppo(*flags, "--remote_rm_url", sources, "--save_path", "other", cwd=tmp_path, RM_KEY="s3cret-canary")
+    assert gone.returncode == 4
+    assert "after 2 tries in" in gone.stderr and server.url in gone.stderr and "Traceback" not in gone.stderr
+
+
+def files_with(secret: bytes, folder: Path) -> list[Path]:
+    """Return the files below a folder that hold a secret."""
+    return [path for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
 
 
 @pytest.mark.full

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from openrlhf.errors import DataError, InfraError, NumericError
-from openrlhf.rollout.reward_client import Patience, RemoteRewards
+from openrlhf.rollout.reward_client import RemoteRewards
+from openrlhf.rollout.reward_request import Patience
 from tests.rollout import fake_reward_server as fake
 from tests.rollout.fake_reward_server import FakeRewardServer, reward_of
 
@@ -240,7 +241,7 @@ def test_what_follows_a_question_mark_is_not_shown():
 
 
 def test_long_texts_travel_in_requests_of_their_own():
-    queries = ["x" * 2_000_000, "y" * 2_000_000, "z"]
+    queries = ["x" * 3_000_000, "é" * 500_000, "z"]
     with FakeRewardServer(fake.good) as server:
         patience = Patience(1, 20.0)
         rewards = client(server.url, patience=patience).score(queries, ["", "", ""])[0].rewards

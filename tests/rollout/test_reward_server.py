@@ -14,8 +14,10 @@ import pytest
 import requests
 
 from openrlhf.errors import InfraError
-from openrlhf.rollout.reward_client import Patience, RemoteRewards
-from openrlhf.rollout.reward_server import Limits, bind, build_app, web_server
+from openrlhf.rollout.reward_batcher import Limits
+from openrlhf.rollout.reward_client import RemoteRewards
+from openrlhf.rollout.reward_request import Patience
+from openrlhf.rollout.reward_server import bind, build_app, web_server
 from tests.rollout.fake_reward_server import reward_of
 
 SMALL = Limits(body=4096, texts=4, text=500, waiting=3, together=8, read_s=0.5)
