@@ -3,7 +3,7 @@
 A request is ``POST {"query": [...], "prompts": [...], "labels": [...]}``, its answer
 ``{"rewards": [...], "scores": [...], "extra_logs": {name: [...]}}``, the last two if the server likes. Where another
 try may help (``reward_request.py`` says where), there is one after a growing pause or the server's ``Retry-After``, at
-the next replica where there is one; then the run ends. A server that refuses, or whose answer is wrong, ends it at once.
+the next replica where there is one; then the run ends. A server that refuses or gives a wrong answer ends it at once.
 """
 
 from __future__ import annotations
