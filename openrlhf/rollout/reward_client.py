@@ -135,10 +135,10 @@ class RemoteRewards:
         """Return the rewards of one batch, after as many tries as the patience has."""
         tried: Counter = Counter()
         last: dict[str, str] = {}
-        started = time.monotonic()
-        failures, pauses = 0, 0
+        started, failures, pauses = None, 0, 0
         while True:
             async with room:
+                started = started or time.monotonic()
                 url = source.choose(tried)
                 try:
                     return await self._try(session, source, url, batch)

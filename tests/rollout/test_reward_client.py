@@ -209,6 +209,20 @@ def test_a_server_that_is_busy_costs_no_tries_for_as_long_as_one_may_take():
     assert len(server.requests) == TRIES + 6
 
 
+def test_waiting_for_the_requests_before_it_costs_a_request_no_patience():
+    def mode(handler, request):
+        if handler.number <= 8:
+            time.sleep(1.2)
+        busy = 8 < handler.number <= 12
+        (fake.status(429, Retry_After="0") if busy else fake.good)(handler, request)
+
+    queries = [f"text {number}" for number in range(12)]
+    with FakeRewardServer(mode) as server:
+        asked = client(server.url, batch_size=1, patience=Patience(1, 2.0, longest_pause_s=0.05))
+        assert asked.score(queries, queries)[0].rewards == [reward_of(query) for query in queries]
+    assert len(server.requests) == 16
+
+
 def test_the_pause_is_the_one_that_the_server_asks_for():
     with FakeRewardServer(fake.fails(1, fake.status(503, Retry_After="1"))) as server:
         assert ask(server.url, patience=Patience(TRIES, 5.0, 0.5, 0.01, 30.0)) == [TRUE]
