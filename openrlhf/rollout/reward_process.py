@@ -147,14 +147,14 @@ class _Worker:
 
     def _send(self, data: bytes, deadline: float) -> None:
         left = memoryview(data)
-        while left and select.select([], [self._to], [], max(0.0, deadline - time.monotonic()))[1]:
+        while left and _ready(self._to, select.POLLOUT, deadline):
             left = left[os.write(self._to, left) :]
 
     def _receive(self, deadline: float) -> bytes:
         """Return what comes up to the end of a line, the end of the process, or the deadline."""
         line = bytearray()
         while not line.endswith(b"\n"):
-            if not select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not _ready(self._from, select.POLLIN, deadline):
                 break
             piece = os.read(self._from, 2**20)
             if not piece:
@@ -181,6 +181,13 @@ class _Worker:
             )
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return f"{self._path}: {FUNCTION} ended its process ({how}){where}"
+
+
+def _ready(pipe: int, event: int, deadline: float) -> bool:
+    """Wait until there is something to read, room to write, or nobody at the other end; false at the deadline."""
+    waiting = select.poll()
+    waiting.register(pipe, event)
+    return bool(waiting.poll(1000 * max(0.0, deadline - time.monotonic())))
 
 
 def _environment(secrets: Sequence[str]) -> dict[str, str]:
