@@ -8,14 +8,14 @@ import sys
 from typing import Any
 
 MASK = "***"
+NAMES_A_KEY = ("remote_rm_key", "api_key")
+"""Flags that name the file or the environment variable of a key; what is neither may be the key itself."""
 SECRET_VARIABLE = re.compile(r"(^|_)(KEYS?|APIKEY|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
 COUNT_OF_TOKENS = re.compile(
     r"(?<![A-Z])(MAX|MIN|NUM|N|TOTAL)_((NUM|NEW|BATCHED|INPUT|OUTPUT|PROMPT|PREFILL|MODEL)_)*TOKENS(?=_|$)"
 )
 LOGGED_IN = ("true", "1", "yes", "on", "online")
 """What ``--use_wandb`` says instead of a key, in any case."""
-NAMES_A_KEY = ("remote_rm_key", "api_key")
-"""Flags that name the file or the environment variable of a key; what is neither may be the key itself."""
 IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 

@@ -125,11 +125,12 @@ def test_a_key_from_the_environment_is_asked_for_and_never_shown(folder):
 
 
 @pytest.mark.full
-def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is_gone(folder, tmp_path):
+def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is_gone(folder, tmp_path, monkeypatch):
     one = [f"--{role}_num_gpus_per_node=1" for role in ("actor", "ref")]
     flags = [*data(tmp_path), *one, "--advantage_estimator", "reinforce", "--train_batch_size", "8"]
     flags += ["--remote_rm_key", "RM_KEY", "--remote_rm_tries", "2", "--logging_steps", "1"]
-    with served(folder, "--api_key", "RM_KEY", RM_KEY="s3cret-canary") as server:
+    monkeypatch.setenv("RM_KEY", "s3cret-canary")
+    with served(folder, "--api_key", "RM_KEY") as server:
         sources = f"{server.url},{reward_file(tmp_path)}"
         done = ppo(
             *flags, "--remote_rm_url", sources, "--reward_weights", "1,0.5", cwd=tmp_path, RM_KEY="s3cret-canary"
@@ -142,7 +143,7 @@ def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is
             total = row["reward_source_1"] + 0.5 * row["reward_source_2"]
             assert row["reward"] == pytest.approx(total, abs=1e-4)
         assert files_with(b"s3cret-canary", tmp_path) == [] and "s3cret-canary" not in done.stdout + done.stderr
-        gone = ppo(*flags, "--remote_rm_url", sources, "--save_path", "other", cwd=tmp_path, RM_KEY="s3cret-canary")
+        gone = ppo(*flags, "--remote_rm_url", sources, "--save_path", "other", cwd=tmp_path)
     assert gone.returncode == 4
     assert "after 2 tries in" in gone.stderr and server.url in gone.stderr and "Traceback" not in gone.stderr
 
