@@ -132,9 +132,7 @@ def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is
     monkeypatch.setenv("RM_KEY", "s3cret-canary")
     with served(folder, "--api_key", "RM_KEY") as server:
         sources = f"{server.url},{reward_file(tmp_path)}"
-        done = ppo(
-            *flags, "--remote_rm_url", sources, "--reward_weights", "1,0.5", cwd=tmp_path, RM_KEY="s3cret-canary"
-        )
+        done = ppo(*flags, "--remote_rm_url", sources, "--reward_weights", "1,0.5", cwd=tmp_path)
         assert server.end() == 0
         assert done.returncode == 0, done.stderr
         rows = metrics(tmp_path / "out_run")
@@ -143,7 +141,7 @@ def test_ppo_learns_from_a_server_and_a_file_and_ends_clearly_when_the_server_is
             total = row["reward_source_1"] + 0.5 * row["reward_source_2"]
             assert row["reward"] == pytest.approx(total, abs=1e-4)
         assert files_with(b"s3cret-canary", tmp_path) == [] and "s3cret-canary" not in done.stdout + done.stderr
-        gone = ppo(*flags, "--remote_rm_url", sources, "--save_path", "other", cwd=tmp_path)
+        gone = ppo(*flags, "--remote_rm_url", sources, cwd=tmp_path)
     assert gone.returncode == 4
     assert "after 2 tries in" in gone.stderr and server.url in gone.stderr and "Traceback" not in gone.stderr
 
