@@ -40,7 +40,8 @@ setup(
         "flash_attn": ["flash-attn>=2.7"],
         "ring": ["ring-flash-attn>=0.1.4"],
         "liger": ["liger-kernel>=0.5"],
-        "dev": ["build", "pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5"],
+        "math": ["math-verify>=0.9"],
+        "dev": ["build", "math-verify>=0.9", "pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -21,7 +21,9 @@ CONFIGS = {
     "train_prm": "PRMConfig",
     "train_ppo": "PPOConfig",
     "train_ppo_ray": "RayPPOConfig",
+    "serve_rm": "ServeConfig",
 }
+MODULES = {"train_ppo": "ppo", "train_ppo_ray": "ppo", "serve_rm": "serve"}
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
 OPTIONAL = {"${placement[@]}"}
 PLACEHOLDERS = {"$engines": "1", "$seed": "0"}
@@ -59,9 +61,7 @@ def expand(word):
 
 
 def check(name, arguments):
-    module = importlib.import_module(
-        "openrlhf.config.ppo" if name.startswith("train_ppo") else "openrlhf.config.supervised"
-    )
+    module = importlib.import_module(f"openrlhf.config.{MODULES.get(name, 'supervised')}")
     parse(getattr(module, CONFIGS[name]), [*arguments, "--dry_run"], name)
 
 
@@ -84,7 +84,8 @@ def test_every_training_command_of_the_example_scripts_parses(name, arguments):
 
 
 def test_the_documents_hold_the_commands_that_these_tests_look_for():
-    assert {"train_sft", "train_rm", "train_dpo", "train_ppo_ray"} == {name for name, _ in README_COMMANDS}
+    expected = {"train_sft", "train_rm", "train_dpo", "train_ppo_ray", "serve_rm"}
+    assert expected == {name for name, _ in README_COMMANDS}
     assert {name for _, name, _ in SCRIPT_COMMANDS} == set(CONFIGS)
     assert len(SCRIPT_COMMANDS) >= 10
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
+
+from openrlhf.config.secrets import named_key
 
 NO_ANSWER = "--output_key is missing: name the column of the answer, or give conversations with --apply_chat_template"
 NO_DEMONSTRATION = f"{NO_ANSWER}, or raw text with --pretrain_mode"
@@ -89,6 +93,33 @@ def template_problems(template: str | None) -> list[str]:
 def file_problems(name: str, path: str | None) -> list[str]:
     """Return the problem of a file that is not there; None is no file."""
     return [] if path is None or os.path.isfile(path) else [f"--{name} {path}: there is no such file"]
+
+
+def url_problems(name: str, url: str) -> list[str]:
+    """Return what is wrong with an address that ``--<name>`` says to send texts to."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return [f"--{name} {url}: {error}; write http://HOST:PORT/PATH"]
+    if parts.scheme not in ("http", "https") or not host:
+        return [f"--{name} {url}: not an address of a web server; write http://HOST:PORT/PATH"]
+    if parts.username or parts.password:
+        return [f"--{name}: leave name and password out of the address of {host}; --remote_rm_key names a key"]
+    try:
+        link_local = ipaddress.ip_address(host.partition("%")[0]).is_link_local
+    except ValueError:
+        link_local = False
+    return [f"--{name} {url}: link-local addresses are the machine's own services, not reward servers"] * link_local
+
+
+def key_problems(name: str, where: str | None) -> list[str]:
+    """Return the problem of ``--<name>`` that should name the file or the environment variable of a key."""
+    try:
+        named_key(where)
+    except (ValueError, OSError) as error:
+        return [f"--{name} {error}"]
+    return []
 
 
 def ring_problems(size: int, ranks: int) -> list[str]:

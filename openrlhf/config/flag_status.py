@@ -44,8 +44,12 @@ class NoEffect:
     where: Callable[[dict[str, Any], bool], bool] = lambda values, gpu: True
 
 
-def _http(urls: str | None) -> bool:
-    return any(url.strip().startswith(("http://", "https://")) for url in (urls or "").split(","))
+def _without_servers(values: dict[str, Any], gpu: bool) -> bool:
+    return "://" not in (values["remote_rm_url"] or "")
+
+
+def _without_function(values: dict[str, Any], gpu: bool) -> bool:
+    return ".py" not in (values["remote_rm_url"] or "") and not values["eval_reward_func"]
 
 
 def _on_cpu(values: dict[str, Any], gpu: bool) -> bool:
@@ -95,7 +99,6 @@ def _of_pair_losses(name: str) -> NoEffect:
 
 NOT_YET = {
     "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
-    "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
@@ -117,6 +120,8 @@ _REFERENCE = NoEffect(
 )
 _EVAL = NoEffect("it needs --eval_dataset", _unset("eval_dataset"))
 _SAVES = NoEffect("it needs --save_steps", lambda values, gpu: values["save_steps"] < 1)
+_SERVERS = NoEffect("it needs a server in --remote_rm_url", _without_servers)
+_FUNCTIONS = NoEffect("it needs a .py file in --remote_rm_url or --eval_reward_func", _without_function)
 _WANDB = NoEffect("it needs --use_wandb", _unset("use_wandb"))
 
 NO_EFFECT_HERE = {
@@ -193,10 +198,12 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(
         ("prm_placeholder_token", "prm_reward_tokens"), NoEffect("it needs --prm_pretrain", _unset("prm_pretrain"))
     ),
+    **dict.fromkeys(("remote_rm_mode", "remote_rm_timeout", "remote_rm_tries", "remote_rm_key"), _SERVERS),
+    **dict.fromkeys(("reward_func_timeout", "reward_func_env"), _FUNCTIONS),
     "margin_loss": NoEffect("only --loss sigmoid has a margin", lambda values, gpu: values["loss"] != "sigmoid"),
     "ema_beta": NoEffect("it needs --enable_ema", _unset("enable_ema")),
     "label_key": NoEffect(
-        "only a reward function reads labels (--remote_rm_url FILE.py, --eval_reward_func)",
+        "only reward functions and servers read labels (--remote_rm_url, --eval_reward_func)",
         lambda v, gpu: "remote_rm_url" in v and not (v["remote_rm_url"] or v["eval_reward_func"]),
     ),
     "show_samples": NoEffect("a run shows them anyway; it is for --dry_run", _unset("dry_run")),

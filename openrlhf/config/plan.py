@@ -82,9 +82,19 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"then {_count(updates, 'optimizer step')} x {_count(batch.max_epochs, 'epoch')}",
         _rank_line(config, ranks, "answers"),
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
-        f"reward: {' + '.join(filter(None, [*config.model.reward_models, config.reward.remote_rm_url]))}",
+        f"reward: {_reward_text(config)}",
     ]
     return [*lines, UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}", *_files(config)]
+
+
+def _reward_text(config: PPOConfig) -> str:
+    """Return the sources of rewards in the order of their weights; ``a | b`` are replicas."""
+    servers = [" | ".join(urls) for urls in config.reward.reward_servers]
+    sources = [*config.model.reward_models, *config.reward.reward_files, *servers]
+    if config.reward.reward_weights is None:
+        return " + ".join(sources)
+    weights = config.reward.weights(len(config.model.reward_models))
+    return " + ".join(f"{weight:g} x {source}" for weight, source in zip(weights, sources, strict=True))
 
 
 def _ppo_total(config: PPOConfig, rows: int) -> str:

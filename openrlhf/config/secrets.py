@@ -8,6 +8,8 @@ import sys
 from typing import Any
 
 MASK = "***"
+NAMES_A_KEY = ("remote_rm_key", "api_key")
+"""Flags that name the file or the environment variable of a key; what is neither may be the key itself."""
 SECRET_VARIABLE = re.compile(r"(^|_)(KEYS?|APIKEY|TOKENS?|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
 COUNT_OF_TOKENS = re.compile(
     r"(?<![A-Z])(MAX|MIN|NUM|N|TOTAL)_((NUM|NEW|BATCHED|INPUT|OUTPUT|PROMPT|PREFILL|MODEL)_)*TOKENS(?=_|$)"
@@ -38,11 +40,34 @@ def wandb_key(use_wandb: str | None) -> str:
     return literal_key(use_wandb)
 
 
+def named_key(where: str | None) -> str:
+    """Return the key in the file, or else in the environment variable, that ``where`` names; ``""`` for None.
+
+    Raises:
+        ValueError: there is neither, or no key in it; the rest of a sentence that begins with the flag. It does not
+            repeat ``where``, which may be the key itself.
+    """
+    if where is None:
+        return ""
+    if os.path.isfile(where):
+        with open(where, encoding="utf-8") as file:
+            key = file.read().strip()
+    else:
+        key = os.environ.get(where, "").strip()
+    if not key:
+        raise ValueError("names neither a file nor an environment variable with a key in it; keep the key itself out")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("names a key that cannot be sent: letters, digits and signs on one line")
+    return key
+
+
 def masked(name: str, value: Any) -> Any:
     """Return the value of a flag fit for a file: no key, and no name and password in an address."""
     if not isinstance(value, str):
         return value
     if name == "use_wandb" and literal_key(value):
+        return MASK
+    if name in NAMES_A_KEY and not os.path.isfile(value) and value not in os.environ:
         return MASK
     return IN_URL.sub(MASK, value)
 

@@ -5,33 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from openrlhf.errors import DataError, NumericError
+from openrlhf.errors import DataError
+from openrlhf.rollout.reward_result import RewardResult, check_finite, names_of, spread
 
 FUNCTION = "reward_func"
 SIGNATURE = f"{FUNCTION}(queries, prompts, labels, **kwargs)"
-
-
-@dataclass(frozen=True)
-class RewardResult:
-    """Rewards of some queries.
-
-    Attributes:
-        rewards: one finite number a query.
-        extra: further numbers to log, by name, one a query each (``scores`` among them when the source gives scores).
-    """
-
-    rewards: list[float]
-    extra: dict[str, list[float]] = field(default_factory=dict)
 
 
 class RewardFunction:
@@ -51,9 +37,6 @@ class RewardFunction:
         self.path = Path(path).expanduser().absolute()
         self._function = _load_function(self.path)
         self._takes_labels = _label_passing(self._function, self.path)
-
-    def __reduce__(self):
-        return type(self), (str(self.path),)
 
     def score(
         self,
@@ -75,9 +58,7 @@ class RewardFunction:
             NumericError: a reward is not finite.
         """
         labels = [""] * len(queries) if labels is None else list(labels)
-        names = (
-            [f"query {number}" for number in range(len(queries))] if uids is None else [f"uid {uid}" for uid in uids]
-        )
+        names = names_of(len(queries), uids)
         columns = (list(queries), list(prompts), labels)
         try:
             returned = self._call(*columns)
@@ -119,7 +100,7 @@ class RewardFunction:
         if returned.get("scores") is not None:
             logs = {"scores": returned["scores"], **logs}
         extra = {
-            str(name): self._numbers(_spread(values, len(names)), str(name), names) for name, values in logs.items()
+            str(name): self._numbers(spread(values, len(names)), str(name), names) for name, values in logs.items()
         }
         return RewardResult(self._numbers(returned["rewards"], "rewards", names), extra)
 
@@ -136,10 +117,7 @@ class RewardFunction:
                 f"{self.path}: {FUNCTION} should give {len(names)} {what}, one a query; it gave {len(values)}"
             )
         numbers = [self._number(value, what, name) for value, name in zip(values, names, strict=True)]
-        bad = [f"{name}: {number}" for name, number in zip(names, numbers, strict=True) if not math.isfinite(number)]
-        if bad:
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise NumericError(f"{self.path}: {FUNCTION} gave {what} that are not finite: {', '.join(bad[:5])}{more}")
+        check_finite(numbers, what, names, f"{self.path}: {FUNCTION}")
         return numbers
 
     def _number(self, value: Any, what: str, name: str) -> float:
@@ -151,11 +129,6 @@ class RewardFunction:
                 f"{self.path}: {FUNCTION} should give numbers as {what}; {name} got {type(value).__name__}"
             )
         return float(value)
-
-
-def _spread(values: Any, count: int) -> Any:
-    """One number that a function logs for the whole batch stands for each of its queries."""
-    return [values] * count if isinstance(values, (int, float)) else values
 
 
 def _load_function(path: Path) -> Callable[..., Any]:

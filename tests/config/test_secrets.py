@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from openrlhf.config.arguments import parse, to_flat_dict
-from openrlhf.config.secrets import hide_in_argv, is_secret, masked, wandb_key
+from openrlhf.config.secrets import hide_in_argv, is_secret, masked, named_key, wandb_key
 from openrlhf.config.supervised import SFTConfig
 from openrlhf.errors import UsageError
 
@@ -59,6 +59,21 @@ def test_only_the_key_itself_is_masked_in_the_saved_configuration(tmp_path):
     assert to_flat_dict(sft("--use_wandb", "True"))["use_wandb"] == "True"
     assert to_flat_dict(sft("--use_wandb", str(tmp_path / "key")))["use_wandb"] == str(tmp_path / "key")
     assert to_flat_dict(sft())["use_wandb"] is None
+
+
+def test_a_key_is_named_by_a_file_or_a_variable_and_never_repeated(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text(f" {KEY}\n")
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setenv("RM_KEY", KEY)
+    assert named_key(str(tmp_path / "key")) == named_key("RM_KEY") == KEY and named_key(None) == ""
+    monkeypatch.setenv("TWO_LINES", "a\nb")
+    for where in (KEY, str(tmp_path / "empty"), "TWO_LINES", ""):
+        with pytest.raises(ValueError) as caught:
+            named_key(where)
+        assert KEY not in str(caught.value)
+    assert masked("remote_rm_key", KEY) == masked("api_key", KEY) == "***"
+    assert masked("remote_rm_key", "RM_KEY") == "RM_KEY" and masked("api_key", str(tmp_path)) == "***"
+    assert masked("remote_rm_key", None) is None
 
 
 def test_a_name_and_password_in_an_address_are_masked():

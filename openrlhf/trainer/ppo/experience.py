@@ -15,9 +15,8 @@ from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.sampler import deal_evenly
 from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
-from openrlhf.rollout.reward_source import RewardFunction, RewardResult
+from openrlhf.rollout.reward_result import RewardResult, RewardSource
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
-from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm, SoloComm
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, shape_scores, whitening
 from openrlhf.trainer.ppo.buffer import blank_sequences
@@ -185,7 +184,7 @@ class ExperienceMaker:
         config: the run.
         roles: groups of workers.
         tokenizer: the policy's.
-        reward_function: of ``--remote_rm_url FILE.py``; its rewards are added to those of the reward models.
+        reward_function: python files and servers; their rewards are added to those of the reward models.
         true_score: of ``--eval_reward_func``; for the log only.
     """
 
@@ -194,8 +193,8 @@ class ExperienceMaker:
         config: PPOConfig,
         roles: Roles,
         tokenizer: Any,
-        reward_function: RewardFunction | None = None,
-        true_score: RewardFunction | None = None,
+        reward_function: RewardSource | None = None,
+        true_score: RewardSource | None = None,
     ):
         self.config = config
         self.roles = roles
@@ -282,14 +281,14 @@ class ExperienceMaker:
         """Set every reward model to work at once and return its futures."""
         return [(group, group.map(RewardWorker.score, shards)) for group in self.roles.rewards]
 
-    def _ask(self, function: RewardFunction | None, rollouts: list[Rollout]) -> RewardResult | None:
-        """Return what a reward function of python says, or None when there is none."""
+    def _ask(self, function: RewardSource | None, rollouts: list[Rollout]) -> RewardResult | None:
+        """Return what python files and servers say, or None when there are none."""
         if function is None:
             return None
         return score_together(self.roles.comm, rollouts, partial(self._ask_alone, function))
 
-    def _ask_alone(self, function: RewardFunction, rollouts: list[Rollout]) -> RewardResult:
-        """Return what a reward function says of some of the rollouts."""
+    def _ask_alone(self, function: RewardSource, rollouts: list[Rollout]) -> RewardResult:
+        """Return what python files and servers say of some of the rollouts."""
         prompts = [rollout.prompt for rollout in rollouts]
         queries = self.tokenizer.batch_decode([list(rollout.token_ids) for rollout in rollouts])
         heads = self.tokenizer.batch_decode([list(prompt.token_ids) for prompt in prompts])
@@ -308,8 +307,16 @@ class ExperienceMaker:
         function: RewardResult | None,
         steps: Steps | None,
     ) -> Tensor:
-        """Return the sum of all reward sources ``(N,)``. Raises NumericError that names prompts without a number."""
-        columns = [_joined(shards, group.get(futures)).double() for group, futures in models]
+        """Return the weighted sum of all reward sources ``(N,)``.
+
+        Raises:
+            NumericError: names the prompts without a number.
+        """
+        weights, _ = self.config.reward_weights
+        columns = [
+            weight * _joined(shards, group.get(futures)).double()
+            for weight, (group, futures) in zip(weights, models, strict=True)
+        ]
         if function is not None:
             columns.append(torch.tensor(function.rewards, dtype=torch.float64))
         if steps is not None:

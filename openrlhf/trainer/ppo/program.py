@@ -14,7 +14,7 @@ from openrlhf.device import seed_everything
 from openrlhf.models.suitability import check_language_model, check_model, check_reward_model
 from openrlhf.models.tokenizer import check_vocabulary, load_tokenizer
 from openrlhf.rollout.engine import RolloutEngine, WeightSync
-from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.rewards import reward_function, reward_source
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
@@ -45,7 +45,7 @@ class Inputs:
         prompts: training prompts.
         texts: of ``--pretrain_data``, or None.
         eval_prompts: evaluation prompts; empty without ``--eval_dataset``.
-        reward_function: of ``--remote_rm_url FILE.py``, or None.
+        reward_function: python files and servers of ``--remote_rm_url``, or None.
         true_score: of ``--eval_reward_func``, or None.
     """
 
@@ -63,9 +63,9 @@ class Inputs:
         if config.reward.prm_pretrain:
             check_vocabulary(config.reward.prm_pretrain, self.tokenizer, config.model, "--prm_pretrain")
             step_tokens(config, self.tokenizer)
-        reward_file, eval_file = config.reward.reward_file, config.evaluation.eval_reward_func
-        self.reward_function = RewardFunction(reward_file) if reward_file else None
-        self.true_score = RewardFunction(eval_file) if eval_file else None
+        eval_file = config.evaluation.eval_reward_func
+        self.reward_function = reward_source(config)
+        self.true_score = reward_function(eval_file, config.reward) if eval_file else None
         data = config.prompts
         self.prompts = self._load(data.prompt_data, data.prompt_data_probs, data.prompt_split, "--prompt_data")
         self.texts = load_texts(config, self.tokenizer) if data.pretrain_data else None
@@ -128,7 +128,7 @@ def build_loop(
 ) -> PPOLoop:
     """Return the loop of a run with its callbacks, whatever the roles and the engine are made of.
 
-    Seeds this process: reward functions run in it and may draw random numbers.
+    Seeds this process: reward functions get their random numbers from it.
     """
     seed_everything(config.batch.seed)
     maker = ExperienceMaker(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from openrlhf.errors import OpenRLHFError, Preempted
-from openrlhf.rollout.reward_source import RewardResult
+from openrlhf.rollout.reward_result import RewardResult
 from openrlhf.rollout.types import Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm

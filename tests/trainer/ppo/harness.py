@@ -15,7 +15,8 @@ from openrlhf.config.ppo import (
     RewardConfig,
     RolloutConfig,
 )
-from openrlhf.rollout.reward_source import RewardFunction
+from openrlhf.rollout.reward_process import RewardProcess
+from openrlhf.rollout.rewards import reward_source
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
@@ -131,13 +132,13 @@ def local_loop(
     roles = local_roles(config, prompts)
     tokenizer = roles.policy.worker.tokenizer
     engine = PolicyEngine(roles.policy)
-    source, evaluation = config.reward.reward_file, config.evaluation.eval_reward_func
+    evaluation = config.evaluation.eval_reward_func
     maker = ExperienceMaker(
         config,
         roles,
         tokenizer,
-        RewardFunction(source) if source else None,
-        RewardFunction(evaluation) if evaluation else None,
+        reward_source(config),
+        RewardProcess(evaluation) if evaluation else None,
     )
     run_path = Path(config.logging.run_path)
     run_path.mkdir(exist_ok=True)

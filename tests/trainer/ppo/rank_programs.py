@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from openrlhf.errors import DataError, Preempted
-from openrlhf.rollout.reward_source import RewardResult
+from openrlhf.rollout.reward_result import RewardResult
 from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm

@@ -82,6 +82,9 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
         [2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5
     )
     assert true_scores is None
+    loop.maker.config = replace(loop.config, reward=replace(reward, reward_weights="1,-3,1"))
+    weighted = [-2 * value + number for number, value in enumerate(single, start=1)]
+    assert loop.maker.score(rollouts)[0] == pytest.approx(weighted, abs=1e-5)
 
 
 def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
