@@ -64,6 +64,7 @@ EXTRA = {
         *EVERYWHERE,
         *("tokenizer_chat_template", "label_key", "ema_beta", "sync_tolerance", "ring_attn_size", "ring_head_stride"),
         *("eval_split", "eval_temperature", "eval_n_samples_per_prompt", "eval_reward_func"),
+        "deepspeed_enable_sleep",
     },
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]

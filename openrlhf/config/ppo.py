@@ -187,6 +187,7 @@ class PlacementConfig:
     colocate_actor_ref: bool = flag(False, "Actor and reference share devices.")
     colocate_critic_reward: bool = flag(False, "Critic and reward models share devices.")
     colocate_all_models: bool = flag(False, "All models and the vLLM engines share devices.")
+    deepspeed_enable_sleep: bool = flag(False, "Keep optimizer states in main memory but during updates.")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Placement:
         rollouts are scored. Engines generate while the others wait.
         """
         if name == ENGINES:
-            return device.thread_environment(max(1, self.engines))
+            return device.thread_environment(max(1, self.engines * self.tensor_parallel))
         busy = [role for role in self.roles if name not in ("actor", "critic") or role.name in ("actor", "critic")]
         return device.thread_environment(sum(role.per_node for role in busy))
 
@@ -155,15 +155,20 @@ class Placement:
         return list(dict.fromkeys(found))
 
     def _engine_problems(self) -> list[str]:
-        workers = self.roles[0].workers
-        if self.tensor_parallel > 1:
-            return ["--colocate_all_models needs --vllm_tensor_parallel_size 1: take one engine a device"]
-        if workers != self.engines:
-            return [
-                f"--colocate_all_models puts one engine beside each actor: --vllm_num_engines is {self.engines}, "
-                f"actor_num_nodes * actor_num_gpus_per_node is {workers}; make them equal"
-            ]
-        return []
+        actor, size = self.roles[0], self.tensor_parallel
+        found = []
+        if actor.workers != self.engines * size:
+            found.append(
+                f"--colocate_all_models puts engines on all devices of the actor: --vllm_num_engines is "
+                f"{self.engines}, --vllm_tensor_parallel_size {size}; their product must be the {actor.workers} of "
+                "--actor_num_nodes x --actor_num_gpus_per_node"
+            )
+        if actor.per_node % size:
+            found.append(
+                f"--vllm_tensor_parallel_size {size}: an engine lies on one node, so with --colocate_all_models it "
+                f"must divide --actor_num_gpus_per_node {actor.per_node}"
+            )
+        return found
 
 
 def _roles(config: PPOConfig) -> tuple[Role, ...]:

@@ -57,7 +57,7 @@ class HFEngine:
     def sleep(self) -> None:
         """Do nothing: the engine owns no memory of its own."""
 
-    def wake_up(self) -> None:
+    def wake_up(self, part: str) -> None:
         """Do nothing, as :meth:`sleep`."""
 
     def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:

@@ -21,7 +21,6 @@ ASKED = {
     "use_dynamic_batch": [],
     "pretrain_data": ["texts.jsonl"],
     "remote_rm_url": ["http://localhost:5000/get_reward"],
-    "vllm_tensor_parallel_size": ["2"],
 }
 
 

@@ -38,6 +38,7 @@ class PolicyWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.actor = load_actor(config, strategy)
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
+        self.rest()
         self.average = WeightAverage(config.algorithm.ema_beta) if config.algorithm.enable_ema else None
         if self.average:
             self.average.start(self._trained(), keep=self.comm.rank == 0)
@@ -172,6 +173,7 @@ class CriticWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.critic = load_critic(config, strategy, self.tokenizer.pad_token_id)
         self.engine = strategy.prepare_train(self.critic, config.optim.critic, max_steps)
+        self.rest()
 
     def values(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """Return the values ``(B, T)`` of the states before the tokens."""
