@@ -28,7 +28,8 @@ RESERVE_S = 600.0
 def plan(config: PPOConfig, _: int) -> list[str]:
     """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
     placement = Placement.from_config(config)
-    return plan_lines(config, placement.role("actor").workers, placement=placement.describe())
+    ranks = placement.role("actor").workers
+    return plan_lines(config, ranks, placement=placement.describe(), memory=placement.memory(config))
 
 
 def placement_problems(config: PPOConfig) -> list[str]:

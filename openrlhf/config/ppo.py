@@ -44,6 +44,11 @@ class PPOModelConfig(ModelConfig):
         """The reward model folders or hub names."""
         return [path.strip() for path in (self.reward_pretrain or "").split(",") if path.strip()]
 
+    @property
+    def reward_names(self) -> list[str]:
+        """What the groups of the reward models are called."""
+        return ["reward" if number == 1 else f"reward-{number}" for number in range(1, len(self.reward_models) + 1)]
+
 
 @dataclass(frozen=True)
 class PPOOptimConfig:

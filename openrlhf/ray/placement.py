@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openrlhf import device
+from openrlhf.config.needs import Pool, need_lines, ppo_roles
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import UsageError
 
@@ -143,6 +144,13 @@ class Placement:
             lines.append("  no vLLM engines: the policy generates")
         return lines + [f"  {notice}" for notice in self.notices]
 
+    def memory(self, config: PPOConfig) -> list[str]:
+        """Return what the roles need in memory, and which cards have room for those that share a device."""
+        roles = ppo_roles(config, {role.name: role.workers for role in self.roles}, self.gpu_memory_utilization)
+        rests = config.placement.deepspeed_enable_sleep
+        pools = [Pool(self.occupants(pool), self.engine_sleep, rests) for pool in self.pools]
+        return need_lines(roles, pools)
+
     def _problems(self, config: PPOConfig) -> list[str]:
         found = []
         for pool in self.pools:
@@ -184,8 +192,7 @@ def _roles(config: PPOConfig) -> tuple[Role, ...]:
     if has_critic:
         pool = everywhere or "critic"
         roles.append(Role("critic", flags.critic_num_nodes, flags.critic_num_gpus_per_node, pool))
-    for number, _ in enumerate(config.model.reward_models, start=1):
-        name = "reward" if number == 1 else f"reward-{number}"
+    for name in config.model.reward_names:
         pool = everywhere or ("critic" if with_critic else name)
         roles.append(Role(name, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
     return tuple(roles)

@@ -12,7 +12,6 @@ import pytest
 
 from openrlhf.config.groups import run_folder
 from openrlhf.trainer.console import Console
-from openrlhf.trainer.setup import memory_per_rank
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
@@ -106,14 +105,6 @@ def test_off_a_terminal_a_status_is_a_line_now_and_then():
         console.status(f"step {step}", at_once=step == 4)
     console.settle()
     assert stream.getvalue().splitlines() == ["step 0", "step 4"]
-
-
-def test_memory_shrinks_with_the_stage_by_what_it_shards():
-    full = [memory_per_rank(100, 100, stage, 2, bf16=False) for stage in range(4)]
-    assert full == [1600, 1200, 1000, 800]
-    assert memory_per_rank(100, 100, 0, 2, bf16=True) == 1800
-    assert memory_per_rank(100, 10, 0, 1, bf16=False) == 520
-    assert memory_per_rank(110, 10, 0, 1, bf16=True, four_bits=True) == 50 + 20 + 160
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
