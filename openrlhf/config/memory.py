@@ -118,7 +118,9 @@ def forward(shape: Shape, tokens: int, sharding: Sharding) -> Memory:
     """Return what a micro-batch of ``tokens`` that is only scored adds at its peak."""
     inside = tokens * sharding.width * (3 * shape.inner * shape.active + 4 * shape.hidden)
     logits = _logits(shape, tokens)
-    return Memory(gathered=_gathered(shape, sharding), activations=inside, logits=logits)
+    last = tokens * 3 * shape.hidden * sharding.width
+    activations = max(inside, last + logits) - logits
+    return Memory(gathered=_gathered(shape, sharding), activations=activations, logits=logits)
 
 
 def key_values(shape: Shape, tokens: int, width: int) -> float:
