@@ -24,9 +24,9 @@ ONE_EACH = [f"--{role}_num_gpus_per_node=1" for role in ("actor", "critic", "ref
 QUESTIONS = ["How many clips did Natalia sell?", "What is 12 + 30?", "Write a short story.", "What is the answer?"] * 4
 
 
-def ppo(*flags: str, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run the command in ``cwd``."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
+def ppo(*flags: str, cwd: Path, timeout: int = 300, cluster: str = "local") -> subprocess.CompletedProcess:
+    """Run the command in ``cwd``, by default on a Ray of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": cluster}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
