@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -93,17 +93,23 @@ def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, 
     for pool, bundles in placement.pools.items():
         wanted = [{resource: size, **({"CPU": 1} if resource == "GPU" else {})} for size in bundles]
         groups[pool] = placement_group(wanted, strategy="PACK")
-    deadline = time.monotonic() + timeout_s
-    for group in groups.values():
-        ready, _ = ray.wait([group.ready()], timeout=max(0.1, deadline - time.monotonic()))
-        if not ready:
-            table = _shortage(placement, resource)
-            for each in groups.values():
-                remove_placement_group(each)
-            raise InfraError(f"The cluster could not place the run within {timeout_s:.0f} s.\n{table}")
     names = [(role.name, role.pool) for role in placement.roles]
     names += [(ENGINES, placement.engine_pool)] * bool(placement.engines)
-    return {name: _slots(placement, name, pool, groups[pool], resource) for name, pool in names}
+    try:
+        if not _are_ready(groups.values(), timeout_s):
+            table = _shortage(placement, resource)
+            raise InfraError(f"The cluster could not place the run within {timeout_s:.0f} s.\n{table}")
+        return {name: _slots(placement, name, pool, groups[pool], resource) for name, pool in names}
+    except InfraError:
+        for group in groups.values():
+            remove_placement_group(group)
+        raise
+
+
+def _are_ready(groups: Iterable[Any], timeout_s: float) -> bool:
+    """Return whether all placement groups had their devices within ``timeout_s`` seconds."""
+    deadline = time.monotonic() + timeout_s
+    return all(ray.wait([group.ready()], timeout=max(0.1, deadline - time.monotonic()))[0] for group in groups)
 
 
 def _slots(placement: Placement, name: str, pool: str, group: Any, resource: str) -> Slots:

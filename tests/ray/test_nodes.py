@@ -68,6 +68,9 @@ def test_an_engine_that_would_lie_on_two_nodes_is_refused(two_nodes):
     placement = placement_of(actors=3, engines=1, tensor_parallel=3, colocate_all_models=True)
     with pytest.raises(InfraError, match="--vllm_tensor_parallel_size 3: as the devices lie.* only 0 of 1 engines"):
         reserve(placement, "GPU", timeout_s=30)
+    kept = reserve(placement_of(actors=4), "GPU", timeout_s=30)["actor"]
+    assert len(kept.bundles) == 4  # all four are free again
+    remove_placement_group(kept.group)
 
 
 def test_a_run_spans_both_nodes(two_nodes, tmp_path):
