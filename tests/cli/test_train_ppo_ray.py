@@ -116,6 +116,17 @@ def test_a_dry_run_prints_who_shares_which_device_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_tells_what_each_role_needs_in_memory(tmp_path):
+    model = ["--pretrain", "OpenRLHF/Llama-3-8b-sft-mixture", "--reward_pretrain", "OpenRLHF/Llama-3-8b-rm-mixture"]
+    engines = ["--vllm_num_engines", "2", "--vllm_tensor_parallel_size", "2", "--bf16", "--zero_stage", "3"]
+    shared = ["--prompt_data", "d", "--colocate_actor_ref", "--colocate_critic_reward", "--adam_offload"]
+    done = ppo(*model, *engines, *shared, *ONE_EACH, "--dry_run", cwd=tmp_path, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "4 slots: vllm x2 (tp 2)" in done.stdout
+    assert "actor, ref: " in done.stdout and "GiB a device (train actor); fits" in done.stdout
+    assert "of main memory a rank on top" in done.stdout
+
+
 def test_groups_that_share_devices_must_be_equal(tmp_path):
     flags = ["--pretrain", "p", "--reward_pretrain", "r", "--prompt_data", "d", "--colocate_actor_ref", *ONE_EACH]
     done = ppo(*flags, "--ref_num_gpus_per_node", "2", "--rollout_batch_size", "8", cwd=tmp_path, timeout=30)
