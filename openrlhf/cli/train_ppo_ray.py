@@ -95,6 +95,7 @@ def _start(config: PPOConfig, placement: Placement, resource: str, max_steps: in
         engines, pending = _start_engines(config, placement, slots[ENGINES], watch)
     if placement.engines_share:
         watch.get(pending)
+        engines.sleep()  # until the first weights come: the models need room to load
     remote = _for_workers(config)
     pending += groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
     if "critic" in groups:
