@@ -143,7 +143,7 @@ def _pool_lines(pool: Pool, roles: list[RoleMemory]) -> list[str]:
     room = f"fits cards of {fits[0]} and more" if fits else f"fits no card: the largest, {[*CARDS][-1]}, is too small"
     own = any(role.share for role in roles)
     text = f"{who}: {needs[phase] / GIB:.2f} GiB a device ({phase}); {room}"
-    return [text + (", an engine keeps free the rest of its share for its cache" if own else "")]
+    return [text + (", where an engine fills the rest of its share with its cache" if own else "")]
 
 
 def _fits(pool: Pool, roles: list[RoleMemory], room: float) -> bool:
