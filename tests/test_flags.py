@@ -80,7 +80,7 @@ EXTRA = {
     "train_kd": EVERYWHERE | HF_CKPT | PACKING | {"tokenizer_chat_template", "multiturn"},
     "train_prm": EVERYWHERE | HF_CKPT | TEMPLATES | (PACKING - {"packing_samples"}) | {"use_tensorboard", "steps_key"},
     "train_ppo": PPO | PACKING | {"ref_reward_offload"},
-    "train_ppo_ray": PPO | (PACKING - {"packing_samples"}) | {"sync_tolerance"},
+    "train_ppo_ray": PPO | (PACKING - {"packing_samples"}) | {"sync_tolerance", "deepspeed_enable_sleep"},
 }
 ROWS = [(command, row) for command in COMMANDS for row in SEED[command]]
 IDS = [f"{command}{row['flag']}" for command, row in ROWS]

@@ -28,7 +28,8 @@ RESERVE_S = 600.0
 def plan(config: RayPPOConfig, _: int) -> list[str]:
     """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
     placement = Placement.from_config(config)
-    return plan_lines(config, placement.role("actor").workers, placement=placement.describe())
+    ranks = placement.role("actor").workers
+    return plan_lines(config, ranks, placement=placement.describe(), memory=placement.memory(config))
 
 
 def placement_problems(config: RayPPOConfig) -> list[str]:
@@ -95,6 +96,7 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
         engines, pending = _start_engines(config, placement, slots[ENGINES], watch)
     if placement.engines_share:
         watch.get(pending)
+        engines.sleep()  # until the first weights come: the models need room to load
     remote = _for_workers(config)
     pending += groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
     if "critic" in groups:

@@ -99,7 +99,6 @@ def _of_pair_losses(name: str) -> NoEffect:
 
 NOT_YET = {
     "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
-    "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
 
 _NO_COPY = NoEffect(
@@ -131,6 +130,10 @@ NO_EFFECT_HERE = {
     "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
     "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
+    "deepspeed_enable_sleep": NoEffect(
+        "it needs a GPU and --zero_stage 1 to 3; --adam_offload keeps the states in main memory anyway",
+        lambda values, gpu: not gpu or values["zero_stage"] == 0 or values["adam_offload"],
+    ),
     "vllm_gpu_memory_utilization": NoEffect("without a GPU there is no GPU memory to share", _on_cpu),
     **dict.fromkeys(("ref_reward_offload", "teacher_offload"), _OFFLOAD),
     "ref_offload": NoEffect(

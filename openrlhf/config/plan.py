@@ -10,20 +10,25 @@ from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
 from openrlhf.config.groups import BatchConfig
+from openrlhf.config.needs import PROCESS, Pool, need_lines, ppo_roles, supervised_roles
 from openrlhf.config.ppo import PPOConfig
 
 WIDTH = 100
 UNKNOWN = "steps: known once the data is read"
+MEMORY = "memory of one rank in GiB, estimated"
 IF_ALL = "if every row can be used"
 
 
-def plan_lines(config: Any, world_size: int, placement: Sequence[str] = ()) -> list[str]:
+def plan_lines(
+    config: Any, world_size: int, placement: Sequence[str] = (), memory: Sequence[str] | None = None
+) -> list[str]:
     """Return the lines of the plan: changed settings, ranks and batches, steps, placement, all other settings.
 
     Args:
         config: the configuration of a command.
         world_size: training ranks; for PPO the ranks of the actor.
         placement: who shares which device, one line each.
+        memory: what every role needs; None for models that share every device.
     """
     flat, defaults = to_flat_dict(config), to_flat_dict(type(config)())
     changed = {name: value for name, value in flat.items() if value != defaults[name]}
@@ -35,12 +40,26 @@ def plan_lines(config: Any, world_size: int, placement: Sequence[str] = ()) -> l
         *_section("settings", [f"{name} = {value!r}" for name, value in changed.items()]),
         *_section("plan", work(config, world_size, rows)),
         *_section("devices", placement),
+        *_section(MEMORY, _memory_lines(config, world_size) if memory is None else memory),
         *_section("by default", textwrap.wrap(" ".join(same), WIDTH, break_long_words=False, break_on_hyphens=False)),
     ]
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _memory_lines(config: Any, ranks: int) -> list[str]:
+    """Return what models need that all lie on every device."""
+    if not isinstance(config, PPOConfig):
+        roles = supervised_roles(config, ranks)
+    else:
+        has_critic = config.critic_source is not None
+        names = ["actor", *["ref"] * config.loads_reference, *["critic"] * has_critic, *config.model.reward_names]
+        names += [PROCESS] * bool(config.reward.prm_pretrain)
+        roles = ppo_roles(config, dict.fromkeys(names, ranks))
+    names = [] if isinstance(roles, str) else [role.name for role in roles]
+    return need_lines(roles, [Pool(names, at_once=False)])
 
 
 def _supervised_lines(config: Any, ranks: int, rows: int | None) -> list[str]:

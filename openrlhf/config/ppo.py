@@ -52,6 +52,11 @@ class PPOModelConfig(ModelConfig):
         """The reward model folders or hub names."""
         return [path.strip() for path in (self.reward_pretrain or "").split(",") if path.strip()]
 
+    @property
+    def reward_names(self) -> list[str]:
+        """What the groups of the reward models are called."""
+        return ["reward" if number == 1 else f"reward-{number}" for number in range(1, len(self.reward_models) + 1)]
+
 
 @dataclass(frozen=True)
 class PPOOptimConfig:
@@ -270,6 +275,7 @@ class PlacementConfig:
     colocate_actor_ref: bool = flag(False, "Actor and reference share devices.")
     colocate_critic_reward: bool = flag(False, "Critic and reward models share devices.")
     colocate_all_models: bool = flag(False, "All models and the vLLM engines share devices.")
+    deepspeed_enable_sleep: bool = flag(False, "Keep optimizer states in main memory but during updates.")
 
 
 @dataclass(frozen=True)
@@ -369,6 +375,11 @@ class PPOConfig:
     def engines(self) -> int:
         """The number of engines that generate; 0 means that the policy itself does."""
         return 0
+
+    @property
+    def optimizer_rests(self) -> bool:
+        """Whether the states of the optimizers lie in main memory but during updates."""
+        return False
 
     @property
     def sync_tolerance(self) -> float | None:
@@ -488,6 +499,11 @@ class RayPPOConfig(PPOConfig):
     def engines(self) -> int:
         """The number of vLLM engines; 0 means that the policy itself generates."""
         return self.vllm.engines
+
+    @property
+    def optimizer_rests(self) -> bool:
+        """Whether the states of the optimizers lie in main memory but during updates."""
+        return self.placement.deepspeed_enable_sleep
 
     @property
     def sync_tolerance(self) -> float | None:

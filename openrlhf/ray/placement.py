@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openrlhf import device
+from openrlhf.config.needs import PROCESS, Pool, need_lines, ppo_roles
 from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.errors import UsageError
 
 SHARED_GPU_MEMORY = 0.4
 ENGINES = "vllm"
-PROCESS = "prm"
 """The process reward model, which is placed as reward models are."""
 
 
@@ -129,7 +129,7 @@ class Placement:
         rollouts are scored. Engines generate while the others wait.
         """
         if name == ENGINES:
-            return device.thread_environment(max(1, self.engines))
+            return device.thread_environment(max(1, self.engines * self.tensor_parallel))
         busy = [role for role in self.roles if name not in ("actor", "critic") or role.name in ("actor", "critic")]
         return device.thread_environment(sum(role.per_node for role in busy))
 
@@ -146,6 +146,13 @@ class Placement:
             lines.append("  no vLLM engines: the policy generates")
         return lines + [f"  {notice}" for notice in self.notices]
 
+    def memory(self, config: RayPPOConfig) -> list[str]:
+        """Return what the roles need in memory, and which cards have room for those that share a device."""
+        roles = ppo_roles(config, {role.name: role.workers for role in self.roles}, self.gpu_memory_utilization)
+        rests = config.placement.deepspeed_enable_sleep
+        pools = [Pool(self.occupants(pool), self.engine_sleep, rests) for pool in self.pools]
+        return need_lines(roles, pools)
+
     def _problems(self, config: RayPPOConfig) -> list[str]:
         found = []
         for pool in self.pools:
@@ -158,15 +165,20 @@ class Placement:
         return list(dict.fromkeys(found))
 
     def _engine_problems(self) -> list[str]:
-        workers = self.roles[0].workers
-        if self.tensor_parallel > 1:
-            return ["--colocate_all_models needs --vllm_tensor_parallel_size 1: take one engine a device"]
-        if workers != self.engines:
-            return [
-                f"--colocate_all_models puts one engine beside each actor: --vllm_num_engines is {self.engines}, "
-                f"actor_num_nodes * actor_num_gpus_per_node is {workers}; make them equal"
-            ]
-        return []
+        actor, size = self.roles[0], self.tensor_parallel
+        found = []
+        if actor.workers != self.engines * size:
+            found.append(
+                f"--colocate_all_models puts engines on all devices of the actor: --vllm_num_engines is "
+                f"{self.engines}, --vllm_tensor_parallel_size {size}; their product must be the {actor.workers} of "
+                "--actor_num_nodes x --actor_num_gpus_per_node"
+            )
+        if actor.per_node % size:
+            found.append(
+                f"--vllm_tensor_parallel_size {size}: an engine lies on one node, so with --colocate_all_models it "
+                f"must divide --actor_num_gpus_per_node {actor.per_node}"
+            )
+        return found
 
 
 def _roles(config: RayPPOConfig) -> tuple[Role, ...]:
@@ -182,8 +194,7 @@ def _roles(config: RayPPOConfig) -> tuple[Role, ...]:
     if has_critic:
         pool = everywhere or "critic"
         roles.append(Role("critic", flags.critic_num_nodes, flags.critic_num_gpus_per_node, pool))
-    for number, _ in enumerate(config.model.reward_models, start=1):
-        name = "reward" if number == 1 else f"reward-{number}"
+    for name in config.model.reward_names:
         pool = everywhere or ("critic" if with_critic else name)
         roles.append(Role(name, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
     if config.reward.prm_pretrain:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import ray
@@ -31,6 +33,7 @@ class Slots:
         amount: how much of ``resource`` one worker takes.
         resource: ``"GPU"`` or ``"CPU"``.
         environment: variables of every worker, its number of threads among them.
+        spans: all bundles of each worker, where it has several: an engine over devices that it shares with others.
     """
 
     group: Any
@@ -38,19 +41,34 @@ class Slots:
     amount: float
     resource: str
     environment: dict[str, str]
+    spans: tuple[tuple[int, ...], ...] = ()
 
     def options(self, index: int) -> dict[str, Any]:
         """Return the Ray options of worker ``index``."""
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_bundle_index=self.bundles[index]
-        )
+        runtime_env = {"env_vars": {**worker_environment(), **self.environment}}
+        return {**self._place(self.bundles[index]), "runtime_env": runtime_env}
+
+    def devices(self, index: int) -> tuple[int, ...]:
+        """Return the GPUs of worker ``index`` where Ray gives it only one of them; to be asked before it starts."""
+        if not self.spans or self.resource != "GPU":
+            return ()
+        looks = [_gpus.options(**self._place(bundle)).remote() for bundle in self.spans[index]]
+        return tuple(int(gpu) for gpus in ray.get(looks) for gpu in gpus)
+
+    def _place(self, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=bundle)
         cpus = self.amount if self.resource == "CPU" else min(self.amount, SHARE)
         return {
             "num_cpus": cpus,
             "num_gpus": self.amount if self.resource == "GPU" else 0,
             "scheduling_strategy": strategy,
-            "runtime_env": {"env_vars": {**worker_environment(), **self.environment}},
         }
+
+
+@ray.remote
+def _gpus() -> list[int]:
+    """Return the GPUs of the bundle that this runs in."""
+    return ray.get_gpu_ids()
 
 
 def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, Slots]:
@@ -75,31 +93,55 @@ def reserve(placement: Placement, resource: str, timeout_s: float) -> dict[str, 
     for pool, bundles in placement.pools.items():
         wanted = [{resource: size, **({"CPU": 1} if resource == "GPU" else {})} for size in bundles]
         groups[pool] = placement_group(wanted, strategy="PACK")
-    deadline = time.monotonic() + timeout_s
-    for group in groups.values():
-        ready, _ = ray.wait([group.ready()], timeout=max(0.1, deadline - time.monotonic()))
-        if not ready:
-            table = _shortage(placement, resource)
-            for each in groups.values():
-                remove_placement_group(each)
-            raise InfraError(f"The cluster could not place the run within {timeout_s:.0f} s.\n{table}")
     names = [(role.name, role.pool) for role in placement.roles]
     names += [(ENGINES, placement.engine_pool)] * bool(placement.engines)
-    return {name: _slots(placement, name, pool, groups[pool], resource) for name, pool in names}
+    try:
+        if not _are_ready(groups.values(), timeout_s):
+            table = _shortage(placement, resource)
+            raise InfraError(f"The cluster could not place the run within {timeout_s:.0f} s.\n{table}")
+        return {name: _slots(placement, name, pool, groups[pool], resource) for name, pool in names}
+    except InfraError:
+        for group in groups.values():
+            remove_placement_group(group)
+        raise
+
+
+def _are_ready(groups: Iterable[Any], timeout_s: float) -> bool:
+    """Return whether all placement groups had their devices within ``timeout_s`` seconds."""
+    deadline = time.monotonic() + timeout_s
+    return all(ray.wait([group.ready()], timeout=max(0.1, deadline - time.monotonic()))[0] for group in groups)
 
 
 def _slots(placement: Placement, name: str, pool: str, group: Any, resource: str) -> Slots:
     """Return the slots of one role; those who share a device take equal parts of it, a fifth at most."""
-    occupants = len(placement.occupants(pool))
-    whole = placement.tensor_parallel if name == ENGINES else 1
-    amount = whole if occupants == 1 else min(SHARE, math.floor(1e4 / occupants) / 1e4)
-    return Slots(group, _bundles_by_node(group), amount, resource, placement.threads(name))
+    occupants, size = len(placement.occupants(pool)), placement.tensor_parallel if name == ENGINES else 1
+    nodes, environment = placement_group_table(group)["bundles_to_node_id"], placement.threads(name)
+    if occupants == 1:
+        return Slots(group, bundles_by_node(nodes), size, resource, environment)
+    amount = min(SHARE, math.floor(1e4 / occupants) / 1e4)
+    if size == 1:
+        return Slots(group, bundles_by_node(nodes), amount, resource, environment)
+    spans = spans_by_node(nodes, size)
+    if len(spans) < placement.engines:
+        raise InfraError(
+            f"--vllm_tensor_parallel_size {size}: as the devices lie on the nodes of the cluster, only {len(spans)} "
+            f"of {placement.engines} engines have {size} on one node. Take a size that divides the devices of a node."
+        )
+    return Slots(group, tuple(span[0] for span in spans), amount, resource, environment, spans)
 
 
-def _bundles_by_node(group: Any) -> tuple[int, ...]:
-    """Return the bundle indices of a placed group, those of one node next to each other."""
-    nodes = placement_group_table(group)["bundles_to_node_id"]
+def bundles_by_node(nodes: Mapping[int, str]) -> tuple[int, ...]:
+    """Return the bundles of a placed group, those of one node next to each other; ``nodes`` is the node of each."""
     return tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
+
+
+def spans_by_node(nodes: Mapping[int, str], size: int) -> tuple[tuple[int, ...], ...]:
+    """Return the bundles in lists of ``size``, each on one node; what is left over on a node is in none."""
+    spans: list[tuple[int, ...]] = []
+    for _, own in groupby(bundles_by_node(nodes), key=nodes.__getitem__):
+        bundles = tuple(own)
+        spans += [bundles[start : start + size] for start in range(0, len(bundles) - size + 1, size)]
+    return tuple(spans)
 
 
 def _shortage(placement: Placement, resource: str) -> str:

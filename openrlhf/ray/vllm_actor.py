@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -21,12 +21,13 @@ from openrlhf.trainer.ppo.groups import deal
 class VLLMActor:
     """One :class:`~openrlhf.rollout.vllm_engine.VLLMEngine` in its own process; ``ping`` answers beside its work."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Sequence[int] = ()) -> None:
         self.pulse = Pulse()
+        self.devices = devices
 
     def setup(self, model_path: str, options: dict[str, Any]) -> None:
         """Load the model."""
-        see_own_devices()
+        see_devices(self.devices)
         from openrlhf.rollout.vllm_engine import VLLMEngine
 
         with self.pulse.during_call():
@@ -47,10 +48,10 @@ class VLLMActor:
         with self.pulse.during_call():
             self.engine.update_weights(weights(), version)
 
-    def call(self, name: str) -> None:
+    def call(self, name: str, *arguments: str) -> None:
         """Call ``sleep`` or ``wake_up`` of the engine."""
         with self.pulse.during_call():
-            getattr(self.engine, name)()
+            getattr(self.engine, name)(*arguments)
 
     @ray.method(concurrency_group="ping")
     def ping(self) -> Sign:
@@ -63,14 +64,19 @@ class VLLMActor:
         signals.ask(DRIVER)
 
 
-def see_own_devices() -> None:
-    """Show this process the GPUs that Ray gave it, where Ray was told not to do that itself.
+def see_devices(devices: Sequence[int]) -> None:
+    """Show this process the GPUs ``devices``; none named, those that Ray gave it, where Ray did not do that itself.
 
     To be called before anything touches CUDA.
     """
-    own = ray.get_gpu_ids()
-    if own and ray_noset_visible_devices():
+    own = devices or (ray.get_gpu_ids() if ray_noset_visible_devices() else ())
+    if own:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in own)
+
+
+def start_engine(slots: Slots, index: int) -> Any:
+    """Start engine ``index``, empty, on its slot."""
+    return start_actor(VLLMActor, slots, index, slots.devices(index))
 
 
 class RayEngines:
@@ -85,7 +91,7 @@ class RayEngines:
     @classmethod
     def start(cls, slots: Slots, watch: Watch) -> RayEngines:
         """Start one empty engine actor on each of ``slots``; load models with :meth:`setup`."""
-        return cls([start_actor(VLLMActor, slots, index) for index in range(len(slots.bundles))], watch)
+        return cls([start_engine(slots, index) for index in range(len(slots.bundles))], watch)
 
     def setup(self, model_path: str, **options: Any) -> list[Any]:
         """Load ``model_path`` in every engine (options of ``VLLMEngine``); return futures."""
@@ -105,9 +111,9 @@ class RayEngines:
         """Give device memory back, where engines were started to do so."""
         self._all("sleep")
 
-    def wake_up(self) -> None:
-        """Undo :meth:`sleep`."""
-        self._all("wake_up")
+    def wake_up(self, part: str) -> None:
+        """Take a part of the memory back."""
+        self._all("wake_up", part)
 
-    def _all(self, name: str) -> None:
-        self.watch.get([actor.call.remote(name) for actor in self.actors])
+    def _all(self, name: str, *arguments: str) -> None:
+        self.watch.get([actor.call.remote(name, *arguments) for actor in self.actors])

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""The parts of an engine's memory, by vLLM's names."""
+
 
 class RolloutEngine(Protocol):
     """Turns prompts into sampled answers."""
@@ -20,8 +23,10 @@ class RolloutEngine(Protocol):
         """Give memory back while others train."""
         ...
 
-    def wake_up(self) -> None:
-        """Undo :meth:`sleep`."""
+    def wake_up(self, part: str) -> None:
+        """Take a part of the memory back: ``WEIGHTS`` before new ones come, ``CACHE`` before generating; what is
+        awake stays so.
+        """
         ...
 
 

@@ -65,7 +65,7 @@ class HFEngine:
     def sleep(self) -> None:
         """Do nothing: the engine owns no memory of its own."""
 
-    def wake_up(self) -> None:
+    def wake_up(self, part: str) -> None:
         """Do nothing, as :meth:`sleep`."""
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from openrlhf import device
 from openrlhf.errors import DataError, InfraError, UsageError
+from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
 from openrlhf.strategy import signals
 
@@ -77,6 +78,7 @@ class VLLMEngine:
         on_cpu = device.device_type() == "cpu"
         self._eager = enforce_eager or on_cpu
         self._can_sleep = sleep and not on_cpu
+        self._asleep: set[str] = set()
         self._requests = 0
         self.llm = _load(
             model_path,
@@ -117,13 +119,15 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Move the weights to the host and drop the cache, where vLLM was started to do so; else do nothing."""
-        if self._can_sleep:
+        if self._can_sleep and not self._asleep:
             self.llm.sleep(level=1)
+            self._asleep = {WEIGHTS, CACHE}
 
-    def wake_up(self) -> None:
-        """Undo :meth:`sleep`."""
-        if self._can_sleep:
-            self.llm.wake_up()
+    def wake_up(self, part: str) -> None:
+        """Take the memory of ``WEIGHTS`` or of the ``CACHE`` back."""
+        if part in self._asleep:
+            self.llm.wake_up(tags=[part])
+            self._asleep.remove(part)
 
     def _empty_prefix_cache(self) -> None:
         if not self.llm.reset_prefix_cache():

@@ -19,6 +19,7 @@ from openrlhf.errors import DataError, NumericError
 from openrlhf.models.adapters import base_weights
 from openrlhf.strategy.deferred import write_after
 from openrlhf.strategy.disk import DISK_S
+from openrlhf.strategy.resting import rest, resume
 from openrlhf.strategy.universal import reading_universal
 from openrlhf.strategy.unpickling import tensors_only
 
@@ -106,6 +107,14 @@ class TrainEngine:
             raise NumericError(f"the gradient is not finite (norm {norm})")
         self._schedule.step()
         return StepResult(norm, lr)
+
+    def rest(self) -> None:
+        """Move what only an optimizer step needs to host memory, until :meth:`resume`; ZeRO stage 1 to 3."""
+        rest(self.engine)
+
+    def resume(self) -> None:
+        """Undo :meth:`rest`."""
+        resume(self.engine)
 
     def find_poison(self, losses: Iterable[Callable[[], torch.Tensor]]) -> list[bool]:
         """Return which micro-batches of this rank have a gradient that is not finite, by computing them again.

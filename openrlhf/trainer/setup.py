@@ -16,6 +16,8 @@ from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
 from openrlhf.config.groups import CheckpointConfig, run_folder
+from openrlhf.config.memory import frozen, trained
+from openrlhf.config.needs import frozen_sharding, sharding_of
 from openrlhf.config.plan import step_text, total_text
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.errors import InfraError
@@ -125,12 +127,17 @@ def _data_line(train_data: Any, eval_data: Any) -> str:
 def _model_line(config: Any, world_size: int, model: Any) -> str:
     from openrlhf.models.adapters import parameter_counts
 
-    total, trained = parameter_counts(model)
-    stage, four_bits = config.deepspeed.zero_stage, config.lora.load_in_4bit
-    needed = memory_per_rank(total, trained, stage, world_size, config.model.bf16, four_bits)
+    total, learning = parameter_counts(model)
+    return f"model    {config.model.pretrain}: {learning_text(config, world_size, total, learning)}"
+
+
+def learning_text(config: Any, ranks: int, total: int, learning: int) -> str:
+    """Return how many parameters learn, and what they need in memory on one of ``ranks``."""
+    needed = trained(total, learning, sharding_of(config, ranks))
+    beside = f", and {_size(needed.host)} of main memory" if needed.host else ""
     return (
-        f"model    {config.model.pretrain}: {total:,} parameters, {trained:,} trained; about {_size(needed)} a rank "
-        "for weights, gradients and Adam, activations on top"
+        f"{total:,} parameters, {learning:,} trained; about {_size(needed.device)} a rank for weights, gradients and "
+        f"Adam{beside}, activations on top"
     )
 
 
@@ -142,26 +149,11 @@ def frozen_line(config: Any, world_size: int, path: str, flag: str, model: Any, 
     from openrlhf.models.adapters import parameter_counts
 
     total, _ = parameter_counts(model)
-    stage = config.deepspeed.zero_stage
-    needed = memory_per_rank(total, 0, stage, world_size, config.model.bf16, config.lora.load_in_4bit)
-    where = " in main memory" if offload and stage == 3 else ""
-    return f"frozen   {path} ({flag}): {total:,} parameters; about {_size(needed)} more a rank{where}"
+    needed = frozen(total, frozen_sharding(config, world_size, offload))
+    where = " in main memory" if needed.host else ""
+    size = _size(needed.device + needed.host)
+    return f"frozen   {path} ({flag}): {total:,} parameters; about {size} more a rank{where}"
 
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def memory_per_rank(
-    total: int, trained: int, zero_stage: int, world_size: int, bf16: bool, four_bits: bool = False
-) -> float:
-    """Return the estimated bytes a rank needs for weights, gradients and Adam's states.
-
-    fp32: 4 + 4 + 8 bytes a trained parameter; bf16: 2 + 4 + 12 with the fp32 master. ZeRO-1 shares the states over the
-    ranks, ZeRO-2 the gradients too, ZeRO-3 also the weights (ZeRO, https://arxiv.org/abs/1910.02054, section 3).
-    ``four_bits``: weights that are not trained take half a byte (embeddings and norms more, which is left out).
-    """
-    weights, gradients, states = (2, 4, 12) if bf16 else (4, 4, 8)
-    share = [world_size if zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    held = trained * weights + (total - trained) * (0.5 if four_bits else weights)
-    return held / share[0] + trained * (gradients / share[1] + states / share[2])

@@ -24,9 +24,9 @@ ONE_EACH = [f"--{role}_num_gpus_per_node=1" for role in ("actor", "critic", "ref
 QUESTIONS = ["How many clips did Natalia sell?", "What is 12 + 30?", "Write a short story.", "What is the answer?"] * 4
 
 
-def ppo(*flags: str, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
-    """Run the command in ``cwd``."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
+def ppo(*flags: str, cwd: Path, timeout: int = 300, cluster: str = "local") -> subprocess.CompletedProcess:
+    """Run the command in ``cwd``, by default on a Ray of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": cluster}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -114,6 +114,17 @@ def test_a_dry_run_prints_who_shares_which_device_and_starts_nothing(tmp_path):
     assert "actor x1, ref x1 share" in done.stdout
     assert "3 device slots" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_what_each_role_needs_in_memory(tmp_path):
+    model = ["--pretrain", "OpenRLHF/Llama-3-8b-sft-mixture", "--reward_pretrain", "OpenRLHF/Llama-3-8b-rm-mixture"]
+    engines = ["--vllm_num_engines", "2", "--vllm_tensor_parallel_size", "2", "--bf16", "--zero_stage", "3"]
+    shared = ["--prompt_data", "d", "--colocate_actor_ref", "--colocate_critic_reward", "--adam_offload"]
+    done = ppo(*model, *engines, *shared, *ONE_EACH, "--dry_run", cwd=tmp_path, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "4 slots: vllm x2 (tp 2)" in done.stdout
+    assert "actor, ref: " in done.stdout and "GiB a device (train actor); fits" in done.stdout
+    assert "of main memory a rank on top" in done.stdout
 
 
 def test_groups_that_share_devices_must_be_equal(tmp_path):

@@ -19,7 +19,6 @@ SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
 ASKED = {
     "ring_attn_size": ["2"],
-    "vllm_tensor_parallel_size": ["2"],
 }
 
 

@@ -15,13 +15,13 @@ ONE_EACH = PlacementConfig(
 )
 
 
-def placement_of(actors: int = 1, engines: int = 0, **flags) -> Placement:
+def placement_of(actors: int = 1, engines: int = 0, tensor_parallel: int = 1, **flags) -> Placement:
     """Return the placement of ``actors`` policy workers and ``engines`` engines, nothing else."""
     return Placement.from_config(
         RayPPOConfig(
             model=PPOModelConfig(pretrain="policy"),
             placement=replace(ONE_EACH, actor_num_gpus_per_node=actors, **flags),
-            vllm=VLLMConfig(vllm_num_engines=engines),
+            vllm=VLLMConfig(vllm_num_engines=engines, vllm_tensor_parallel_size=tensor_parallel),
             algorithm=AlgorithmConfig(advantage_estimator="reinforce", init_kl_coef=0.0),
         )
     )

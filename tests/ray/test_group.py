@@ -18,7 +18,7 @@ from openrlhf.ray import cluster
 from openrlhf.ray.group import RayGroup, Watch
 from openrlhf.ray.host import ray_noset_visible_devices
 from openrlhf.ray.slots import reserve
-from openrlhf.ray.vllm_actor import see_own_devices
+from openrlhf.ray.vllm_actor import see_devices
 from openrlhf.trainer.ppo.groups import LocalGroup
 from tests.ray.conftest import placement_of
 
@@ -187,7 +187,7 @@ def test_a_worker_that_hangs_in_a_call_is_named_and_one_that_works_is_waited_for
 def test_an_engine_picks_the_devices_of_its_seat_when_ray_leaves_the_list_alone(local_ray):
     @ray.remote(num_gpus=2, runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}})
     def devices() -> tuple[str, list]:
-        see_own_devices()
+        see_devices(())
         return os.environ["CUDA_VISIBLE_DEVICES"], ray.get_gpu_ids()
 
     seen, own = ray.get(devices.remote())

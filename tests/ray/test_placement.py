@@ -12,6 +12,7 @@ from openrlhf.config.groups import LoRAConfig
 from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
+from openrlhf.ray.slots import bundles_by_node, spans_by_node
 
 TWO_EACH = PlacementConfig(
     actor_num_gpus_per_node=2, critic_num_gpus_per_node=2, ref_num_gpus_per_node=2, reward_num_gpus_per_node=2
@@ -130,8 +131,17 @@ def test_a_memory_share_set_by_hand_is_kept():
             ("--vllm_num_engines is 1",),
         ),
         (
-            {"colocate_all_models": True, "vllm": VLLMConfig(vllm_num_engines=1, vllm_tensor_parallel_size=2)},
-            ("--vllm_tensor_parallel_size",),
+            {"colocate_all_models": True, "vllm": VLLMConfig(vllm_num_engines=2, vllm_tensor_parallel_size=2)},
+            ("--vllm_num_engines is 2", "--vllm_tensor_parallel_size 2", "must be the 2 of"),
+        ),
+        (
+            {
+                **{f"{role}_num_nodes": 2 for role in ("actor", "ref", "critic", "reward")},
+                **{f"{role}_num_gpus_per_node": 3 for role in ("actor", "ref", "critic", "reward")},
+                "colocate_all_models": True,
+                "vllm": VLLMConfig(vllm_num_engines=3, vllm_tensor_parallel_size=2),
+            },
+            ("must divide --actor_num_gpus_per_node 3",),
         ),
     ],
 )
@@ -147,6 +157,19 @@ def test_tensor_parallel_engines_take_whole_bundles():
     placement = Placement.from_config(config_with(vllm=vllm))
     assert placement.pools["vllm"] == [2, 2]
     assert placement.slots == 12
+
+
+def test_an_engine_over_several_devices_shares_them_with_the_models():
+    vllm = VLLMConfig(vllm_num_engines=1, vllm_tensor_parallel_size=2)
+    placement = Placement.from_config(config_with(colocate_all_models=True, vllm=vllm))
+    assert pools(placement) == {"actor": (["actor", "ref", "critic", "reward", "vllm"], 2)}
+
+
+def test_such_an_engine_never_lies_on_two_nodes():
+    nodes = {0: "b", 1: "a", 2: "b", 3: "a", 4: "b", 5: "a"}
+    assert bundles_by_node(nodes) == (1, 3, 5, 0, 2, 4)
+    assert spans_by_node(nodes, 2) == ((1, 3), (0, 2))
+    assert spans_by_node(nodes, 3) == ((1, 3, 5), (0, 2, 4))
 
 
 def test_groups_that_work_together_share_the_cores(monkeypatch):

@@ -14,6 +14,7 @@ from openrlhf.ray.group import RayGroup, Watch
 from openrlhf.ray.slots import reserve
 from openrlhf.ray.vllm_actor import RayEngines
 from openrlhf.ray.weight_sync import RayWeightSync
+from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, SamplingParams
 from tests.helpers import tiny_causal_lm, tiny_folder
 from tests.ray.conftest import placement_of
@@ -82,7 +83,8 @@ def test_a_sample_is_the_same_whichever_engine_draws_it(fleet):
 def test_sleeping_and_waking_reach_every_engine(fleet):
     _, engines = fleet
     engines.sleep()
-    engines.wake_up()
+    engines.wake_up(WEIGHTS)
+    engines.wake_up(CACHE)
 
 
 def test_a_killed_engine_is_named(fleet):

@@ -4,6 +4,7 @@ import torch
 from openrlhf.models.actor import Actor
 from openrlhf.models.attention import UNPADDED
 from openrlhf.models.tokenizer import load_tokenizer
+from openrlhf.rollout.engine import WEIGHTS
 from openrlhf.rollout.hf_engine import HFEngine, RowSampler, nucleus
 from openrlhf.rollout.types import Prompt, SamplingParams, SequenceBatch
 from tests.helpers import tiny_causal_lm, tiny_tokenizer
@@ -161,5 +162,5 @@ def test_prompt_and_answer_together_stay_within_max_len(actor, engine, tokenizer
 def test_the_policy_may_be_given_as_a_function(actor, tokenizer):
     engine = HFEngine(lambda: actor, tokenizer, policy_version=7)
     engine.sleep()
-    engine.wake_up()
+    engine.wake_up(WEIGHTS)
     assert engine.generate(PROMPTS[:1], SAMPLING)[0].policy_version == 7

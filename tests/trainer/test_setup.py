@@ -14,7 +14,7 @@ from torch import nn
 from openrlhf.config.groups import DeepSpeedConfig, run_folder
 from openrlhf.config.supervised import KDConfig
 from openrlhf.trainer.console import Console
-from openrlhf.trainer.setup import frozen_line, memory_per_rank
+from openrlhf.trainer.setup import frozen_line
 
 NOISY = """
 import ctypes, logging, os, sys, warnings
@@ -108,14 +108,6 @@ def test_off_a_terminal_a_status_is_a_line_now_and_then():
         console.status(f"step {step}", at_once=step == 4)
     console.settle()
     assert stream.getvalue().splitlines() == ["step 0", "step 4"]
-
-
-def test_memory_shrinks_with_the_stage_by_what_it_shards():
-    full = [memory_per_rank(100, 100, stage, 2, bf16=False) for stage in range(4)]
-    assert full == [1600, 1200, 1000, 800]
-    assert memory_per_rank(100, 100, 0, 2, bf16=True) == 1800
-    assert memory_per_rank(100, 10, 0, 1, bf16=False) == 520
-    assert memory_per_rank(110, 10, 0, 1, bf16=True, four_bits=True) == 50 + 20 + 160
 
 
 @pytest.mark.parametrize(

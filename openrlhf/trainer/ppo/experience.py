@@ -173,7 +173,7 @@ class PolicyEngine:
     def sleep(self) -> None:
         """Do nothing: the engine owns no memory of its own."""
 
-    def wake_up(self) -> None:
+    def wake_up(self, part: str) -> None:
         """Do nothing, as :meth:`sleep`."""
 
 

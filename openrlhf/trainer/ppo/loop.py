@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.errors import DataError, NumericError, Preempted
-from openrlhf.rollout.engine import RolloutEngine, WeightSync
+from openrlhf.rollout.engine import CACHE, WEIGHTS, RolloutEngine, WeightSync
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
 from openrlhf.strategy.rng import rewound_when_stopped
@@ -100,7 +100,6 @@ class PPOLoop:
         self.epoch_ended = False
         self.evaluating = False
         self._seconds: dict[str, float] = {}
-        self._engine_sleeps = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -343,16 +342,17 @@ class PPOLoop:
             if self.config.algorithm.estimator.needs_greedy:
                 greedy = self.engine.generate(prompts, replace(sampling, temperature=0.0, top_p=1.0, n=1))
             self.engine.sleep()
-            self._engine_sleeps = True
         return rollouts, greedy
 
     def _sync(self) -> None:
-        """Bring the present weights to the engine, which then is awake."""
+        """Bring the present weights to the engine, which then is awake.
+
+        The room for its cache is taken last: carrying the weights takes room too.
+        """
         with self._clock("sync"):
-            if self._engine_sleeps:
-                self.engine.wake_up()
-                self._engine_sleeps = False
+            self.engine.wake_up(WEIGHTS)
             self.weight_sync.push(self.global_step)
+            self.engine.wake_up(CACHE)
 
     def _keep_samples(self, made: Experiences) -> None:
         self.evaluator.samples.write(

@@ -31,7 +31,7 @@ from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from openrlhf.trainer.profiling import Profiling, of_groups
 from openrlhf.trainer.report import report_line
-from openrlhf.trainer.setup import Run, memory_per_rank
+from openrlhf.trainer.setup import Run, learning_text
 
 SHOWN = ("reward", "true_score", "kl", "response_length")
 """Metrics in the progress line."""
@@ -166,8 +166,6 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
     """Return what a person wants to know before the first rollout."""
     rollout, batch, ranks = config.rollout, config.batch, roles.policy.size
     parameters, trained = roles.policy.get(roles.policy.run(PolicyWorker.parameters))[0]
-    stage, bf16, four_bits = config.deepspeed.zero_stage, config.model.bf16, config.lora.load_in_4bit
-    gib = memory_per_rank(parameters, trained, stage, ranks, bf16, four_bits) / 2**30
     precision = "bf16 weights, fp32 master" if config.model.bf16 else "fp32"
     return [
         f"run      {run.path}",
@@ -178,8 +176,7 @@ def start_up_lines(config: PPOConfig, run: Run, inputs: Inputs, roles: Roles, pl
         *sample_lines(inputs.prompts),
         f"rollout  {rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers; "
         f"an optimizer step is {batch.train_batch_size} answers; {inputs.optimizer_steps:,} optimizer steps in all",
-        f"policy   {config.model.pretrain}: {parameters:,} parameters, {trained:,} trained; about {gib:.2f} GiB a "
-        "rank for weights, gradients and Adam, activations on top",
+        f"policy   {config.model.pretrain}: {learning_text(config, ranks, parameters, trained)}",
     ]
 
 

@@ -8,7 +8,8 @@ A worker is one rank of its role. Its methods take and return one item a shard o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,32 @@ class TrainedWorker(Worker):
     def after_step(self) -> None:
         """Called after every optimizer step."""
 
+    @property
+    def _rests(self) -> bool:
+        """Whether ``--deepspeed_enable_sleep`` has an effect here."""
+        flags = self.config.deepspeed
+        return (
+            self.config.optimizer_rests
+            and self.strategy.device.type != "cpu"
+            and flags.zero_stage > 0
+            and not flags.adam_offload
+        )
+
+    def rest(self) -> None:
+        """Give device memory to others until the next update."""
+        if self._rests:
+            self.engine.rest()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Have the states of the optimizer on the device inside the block."""
+        if self._rests:
+            self.engine.resume()
+        try:
+            yield
+        finally:
+            self.rest()
+
     def update(
         self, experiences: list[Experience], *, rollout: int, whiten: tuple[float, float] | None = None
     ) -> Means:
@@ -136,6 +163,10 @@ class TrainedWorker(Worker):
             rollout: number of the rollout step; with the run's seed it fixes the order of rows.
             whiten: mean and 1 / standard deviation of the advantages over all ranks, or None to take them as they are.
         """
+        with self._at_work():
+            return self._update(experiences, rollout, whiten)
+
+    def _update(self, experiences: list[Experience], rollout: int, whiten: tuple[float, float] | None) -> Means:
         buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout)
         sums, norms, lr, skipped = MetricSums(), [], self.engine.lr, self.guard.skipped
         self.engine.train()
@@ -206,10 +237,12 @@ class TrainedWorker(Worker):
 
     def save(self, *, path: str) -> None:
         """Write what continues the training of this rank to folder ``path``; all ranks call it."""
-        self.engine.save(path)
+        with self._at_work():
+            self.engine.save(path)
         save_rng(Path(path), self.comm.rank)
 
     def load(self, *, path: str) -> None:
         """Continue from what :meth:`save` wrote. Raises DataError when files of this rank are missing."""
-        self.engine.load(path)
+        with self._at_work():
+            self.engine.load(path)
         load_rng(Path(path), self.comm.rank)

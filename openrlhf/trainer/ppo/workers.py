@@ -43,6 +43,7 @@ class PolicyWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.actor = load_actor(config, strategy)
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
+        self.rest()
         self.objective = PolicyObjective(config)
         self._kl_coef = 0.0
         self.texts = load_pretrain_texts(config, strategy, self.tokenizer)
@@ -223,6 +224,7 @@ class CriticWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.critic = load_critic(config, strategy, self.tokenizer.pad_token_id)
         self.engine = strategy.prepare_train(self.critic, config.optim.critic, max_steps)
+        self.rest()
 
     def values(self, batches: list[SequenceBatch]) -> list[Tensor]:
         """Return the values ``(B, T)`` of the states before the tokens."""

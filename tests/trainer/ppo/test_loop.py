@@ -180,8 +180,8 @@ class AskingEngine:
     def sleep(self):
         self.engine.sleep()
 
-    def wake_up(self):
-        self.engine.wake_up()
+    def wake_up(self, part):
+        self.engine.wake_up(part)
 
 
 # The 1st generation is the evaluation before, then come step 1, its evaluation, step 2 and so on.
