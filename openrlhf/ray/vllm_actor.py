@@ -1,4 +1,4 @@
-"""Generation on Ray: vLLM engines as actors."""
+"""A vLLM engine as an actor of Ray."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import ray
 
 from openrlhf.ray.buckets import unpack
-from openrlhf.ray.group import Watch, start_actor
-from openrlhf.ray.host import DRIVER, Pulse, Sign, ray_noset_visible_devices
-from openrlhf.ray.slots import Slots
+from openrlhf.ray.host import DRIVER, Pulse, Sign, ray_noset_visible_devices, work_of_children
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
-from openrlhf.trainer.ppo.groups import deal
 
 
 @ray.remote(concurrency_groups={"ping": 1})
@@ -29,12 +26,12 @@ class VLLMActor:
         see_own_devices()
         from openrlhf.rollout.vllm_engine import VLLMEngine
 
-        with self.pulse.during_call():
+        with self.pulse.during_call(work_of_children):
             self.engine = VLLMEngine(model_path, **options)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Return the rollouts of ``prompts``."""
-        with self.pulse.during_call(lambda: self.engine.steps):
+        with self.pulse.during_call(self._headway):
             return self.engine.generate(prompts, sampling)
 
     def update_weights(self, buckets: list[ray.ObjectRef], version: int) -> None:
@@ -44,13 +41,17 @@ class VLLMActor:
             for bucket in buckets:
                 yield from unpack(ray.get(bucket))
 
-        with self.pulse.during_call():
+        with self.pulse.during_call(self._headway):
             self.engine.update_weights(weights(), version)
 
     def call(self, name: str) -> None:
         """Call ``sleep`` or ``wake_up`` of the engine."""
-        with self.pulse.during_call():
+        with self.pulse.during_call(self._headway):
             getattr(self.engine, name)()
+
+    def _headway(self) -> tuple[int, int]:
+        """Return what grows while the engine works, in this process or in those that it shares a model with."""
+        return self.engine.steps, work_of_children() if self.engine.tensor_parallel_size > 1 else 0
 
     @ray.method(concurrency_group="ping")
     def ping(self) -> Sign:
@@ -71,43 +72,3 @@ def see_own_devices() -> None:
     own = ray.get_gpu_ids()
     if own and ray_noset_visible_devices():
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in own)
-
-
-class RayEngines:
-    """A :class:`~openrlhf.rollout.engine.RolloutEngine` of several vLLM actors; each gets a contiguous list."""
-
-    def __init__(self, actors: list[Any], watch: Watch):
-        self.actors = actors
-        self.watch = watch
-        for number, actor in enumerate(actors):
-            watch.add(actor, f"vLLM engine {number}")
-
-    @classmethod
-    def start(cls, slots: Slots, watch: Watch) -> RayEngines:
-        """Start one empty engine actor on each of ``slots``; load models with :meth:`setup`."""
-        return cls([start_actor(VLLMActor, slots, index) for index in range(len(slots.bundles))], watch)
-
-    def setup(self, model_path: str, **options: Any) -> list[Any]:
-        """Load ``model_path`` in every engine (options of ``VLLMEngine``); return futures."""
-        return [actor.setup.remote(model_path, options) for actor in self.actors]
-
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Return ``sampling.n`` rollouts a prompt, in the order of ``prompts``."""
-        shares = deal(prompts, len(self.actors))
-        futures = [a.generate.remote(share, sampling) for a, share in zip(self.actors, shares, strict=True) if share]
-        return [rollout for answers in self.watch.get(futures) for rollout in answers]
-
-    def update_weights(self, buckets: list[Any], version: int) -> None:
-        """Give every engine the same buckets, by reference; return when all of them serve ``version``."""
-        self.watch.get([actor.update_weights.remote(buckets, version) for actor in self.actors])
-
-    def sleep(self) -> None:
-        """Give device memory back, where engines were started to do so."""
-        self._all("sleep")
-
-    def wake_up(self) -> None:
-        """Undo :meth:`sleep`."""
-        self._all("wake_up")
-
-    def _all(self, name: str) -> None:
-        self.watch.get([actor.call.remote(name) for actor in self.actors])
