@@ -6,6 +6,7 @@ is told, and the wait goes on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from openrlhf.ray.host import Sign
 from openrlhf.ray.obituary import how_it_died, one_line
 from openrlhf.strategy import signals
 
+LOG = logging.getLogger(__name__)
 LOOK_EVERY_S = 2.0
 LISTEN_EVERY_S = 0.2
 """How soon a request to stop is heard in a wait."""
@@ -66,6 +68,8 @@ class Watched:
             return
         ping, self._ping = self._ping, None
         sign = ray.get(ping)
+        if self.sign is None:
+            LOG.debug("%s is process %d", self.name, sign.pid)
         if self.sign is None or sign.headway != self.sign.headway:
             self._since = now
         self.sign = sign

@@ -272,25 +272,3 @@ def test_asked_twice_a_run_on_ray_ends_at_once_and_leaves_nothing_behind(materia
     stopped = stop_at(Program("ppo", material).words(tmp_path), run_path, line, again_s=1.1)
     assert stopped.code == 143
     assert stopped.seconds < 1.1 + 5
-
-
-@pytest.mark.full
-def test_a_killed_driver_takes_its_ray_along_and_the_next_start_works_at_once(material, whole, tmp_path):
-    program, run_path = Program("ppo-vllm", material), tmp_path / "model_run"
-    line = (run_path / LOG, "phase: generate, after step 2")
-    killed = stop_at(program.words(tmp_path), run_path, line, signal.SIGKILL)
-    assert killed.code == -9 and killed.seconds < 30
-    run_calmly(program.words(tmp_path, resume=True))
-    assert_same_run(tmp_path, whole("ppo-vllm"), "ppo-vllm")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("phase", ["generate, after step 1", "sync, after step 1"])
-def test_a_killed_engine_ends_the_run_with_its_name(material, tmp_path, phase):
-    run_path = tmp_path / "model_run"
-    words = Program("ppo-vllm", material).words(tmp_path)
-    killed = stop_at(words, run_path, (run_path / LOG, phase), signal.SIGKILL, with_word("ray::VLLMActor"))
-    assert killed.code == 4, killed.output
-    assert "vLLM engine 0 died" in killed.output
-    assert "Traceback" not in killed.output
-    assert killed.seconds < 15

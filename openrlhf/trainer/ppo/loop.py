@@ -57,6 +57,7 @@ class PPOLoop:
     Attributes:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
         evaluating: whether the evaluation after the last step was begun and not finished.
+        learned: the samples that the last step learned from.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class PPOLoop:
         self.callbacks = Callbacks(callbacks)
         self.global_step = 0
         self.evaluating = False
+        self.learned: list[Rollout] = []
         self._seconds: dict[str, float] = {}
         self._engine_sleeps = False
 
@@ -141,6 +143,7 @@ class PPOLoop:
             learned = self.update(experiences)
         self.global_step += 1
         self._sync()
+        self.learned = experiences.rollouts
         self._keep_samples(experiences)
         metrics = {**experiences.metrics, **learned, **self._times(time.perf_counter() - began)}
         self.callbacks.on_step_end(self, metrics)

@@ -23,6 +23,7 @@ from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
+from openrlhf.trainer.ppo.ledger import Ledger
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
@@ -137,6 +138,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
         ),
         Profiling(config.logging.profile_steps, *recording, run.path, run.say),
         Evaluation(config.logging.eval_steps),
+        Ledger(run.path / "ledger.jsonl"),
         PPOCheckpointing(config, roles, manager),
     ]
 
