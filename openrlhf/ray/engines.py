@@ -28,6 +28,7 @@ SILENT_S = 10.0
 """After how long an engine that answers no ping, or stands still in a call, is replaced. Loading may take longer."""
 LOSSES = 3
 """How many times one engine is replaced before it has answered prompts again."""
+SHOWN_PROMPTS = 16
 
 
 class Seat:
@@ -93,7 +94,9 @@ class Seat:
         self._losses += 1
         asked = f" while it was asked to {self._call[0]}" if self._call else ""
         if self._losses > LOSSES:
-            raise InfraError(f"{self.name} was lost {self._losses} times{asked} and is given up. The last time: {why}")
+            raise InfraError(
+                f"{self.name} was lost {self._losses} times{asked}{self._prompts()}. The last time: {why}"
+            )
         LOG.warning("%s was lost%s; starting a new one. %s", self.name, asked, why)
         self._lost_at = time.monotonic()
         self._watch.forget(self._watched)
@@ -103,6 +106,15 @@ class Seat:
         self._queue("setup", *self._model)
         if self._call:
             self._begin()
+
+    def _doing(self) -> str:
+        """Return the call that is under way, for a message; a prompt of it may be to blame."""
+        method, arguments = self._call
+        if method != "generate":
+            return arguments[0] if method == "call" else method
+        uids = [prompt.uid for prompt in arguments[0]]
+        more = f" and {len(uids) - SHOWN_PROMPTS} more" if len(uids) > SHOWN_PROMPTS else ""
+        return f"answer prompts {', '.join(uids[:SHOWN_PROMPTS])}{more}"
 
     def _sit(self) -> None:
         self.actor = start_actor(VLLMActor, self._slots, self._index)
@@ -123,7 +135,7 @@ class Seat:
         self._watched.limit_s, self._watched.on_loss = min(SILENT_S, self._watch.timeout_s), self.replace
         self._current = self._current or method == "update_weights"
         if self._lost_at and self._current:
-            LOG.warning("%s serves again, %.1f s after it was lost", self.name, time.monotonic() - self._lost_at)
+            LOG.info("%s serves again, %.1f s after it was lost", self.name, time.monotonic() - self._lost_at)
             self._lost_at = 0.0
         if self._awaited or not self._call or method != self._call[0]:
             return

@@ -76,10 +76,11 @@ class Watched:
 
     def trouble(self, now: float) -> str:
         """Return why it is given up, ``""`` while it is not."""
+        process = f" (process {self.sign.pid})" if self.sign else ""
         if self._ping is not None and now - self._asked >= self.limit_s:
-            return f"No sign of life from {self.name} for {self.limit_s:.0f} s: stopped or hanging"
+            return f"No sign of life from {self.name} for {self.limit_s:.0f} s: stopped or hanging{process}"
         if self.sign and self.sign.headway and now - self._since >= self.limit_s:
-            return f"{self.name} made no headway for {self.limit_s:.0f} s: the call hangs"
+            return f"{self.name} made no headway for {self.limit_s:.0f} s: the call hangs{process}"
         return ""
 
 
