@@ -92,11 +92,9 @@ class Seat:
             InfraError: too many were lost since this engine last answered prompts.
         """
         self._losses += 1
-        asked = f" while it was asked to {self._call[0]}" if self._call else ""
+        asked = f" while it was asked to {self._doing()}" if self._call else ""
         if self._losses > LOSSES:
-            raise InfraError(
-                f"{self.name} was lost {self._losses} times{asked}{self._prompts()}. The last time: {why}"
-            )
+            raise InfraError(f"{self.name} was lost {self._losses} times{asked}. The last time: {why}")
         LOG.warning("%s was lost%s; starting a new one. %s", self.name, asked, why)
         self._lost_at = time.monotonic()
         self._watch.forget(self._watched)
