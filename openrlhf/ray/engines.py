@@ -28,6 +28,8 @@ SILENT_S = 10.0
 """After how long an engine that answers no ping, or stands still in a call, is replaced. Loading may take longer."""
 LOSSES = 3
 """How many times one engine is replaced before it has answered prompts again."""
+FAILURES = 1
+"""How many times when it did not die but raised: a prompt may be to blame, and would fail the next one too."""
 SHOWN_PROMPTS = 16
 
 
@@ -85,7 +87,7 @@ class Seat:
             self._awaited.pop(0)
             self._note(method, value)
 
-    def replace(self, why: str) -> None:
+    def replace(self, why: str, most: int = LOSSES) -> None:
         """Put a new actor in the place of the one that is lost, which does its work again.
 
         Raises:
@@ -93,7 +95,7 @@ class Seat:
         """
         self._losses += 1
         asked = f" while it was asked to {self._doing()}" if self._call else ""
-        if self._losses > LOSSES:
+        if self._losses > most:
             raise InfraError(f"{self.name} was lost {self._losses} times{asked}. The last time: {why}")
         LOG.warning("%s was lost%s; starting a new one. %s", self.name, asked, why)
         self._lost_at = time.monotonic()
@@ -152,7 +154,7 @@ class Seat:
             self.replace(str(self._watch.translate(error)))
         else:
             LOG.debug("%s failed", self.name, exc_info=error)
-            self.replace(f"{type(cause).__name__}: {one_line(cause)}")
+            self.replace(f"{type(cause).__name__}: {one_line(cause)}", FAILURES)
 
 
 class RayEngines:
@@ -203,7 +205,6 @@ class RayEngines:
 
     def _answers(self, asked: list[Seat]) -> list[Any]:
         """Return the answers of those who were asked, as soon as all of them have answered."""
-        self.watch.begin()
         while pending := [future for seat in asked for future in seat.waits_for]:
             done = self.watch.turn(pending)
             for seat in asked:

@@ -34,15 +34,16 @@ class Watched:
         name: what it is called in messages.
         actor: its ``ping`` gives a :class:`~openrlhf.ray.host.Sign` beside its work, and its ``drop`` ends what can be
             dropped.
-        limit_s: after so many seconds without an answer, or at the same point of a call, it is given up.
         on_loss: called with the reason when it is lost; without it the wait ends with an error.
+        limit_s: after so many seconds without an answer, or at the same point of a call, it is given up; None takes
+            the time of the :class:`Watch`.
         sign: its last sign of life.
     """
 
     name: str
     actor: Any
-    limit_s: float
     on_loss: Callable[[str], None] | None = None
+    limit_s: float | None = None
     sign: Sign | None = None
     _ping: Any = None
     _asked: float = 0.0
@@ -53,9 +54,9 @@ class Watched:
         """What Ray calls the actor in its errors."""
         return self.actor._actor_id.hex()
 
-    def forget_ping(self) -> None:
-        """Count its silence from now on."""
-        self._ping = None
+    def begin(self, now: float) -> None:
+        """Count its silence, and how long it stands still, from now on."""
+        self._ping, self._since = None, now
 
     def ask(self, now: float) -> None:
         """Send a ping unless one is under way."""
@@ -74,13 +75,14 @@ class Watched:
             self._since = now
         self.sign = sign
 
-    def trouble(self, now: float) -> str:
-        """Return why it is given up, ``""`` while it is not."""
+    def trouble(self, now: float, limit_s: float) -> str:
+        """Return why it is given up, ``""`` while it is not; ``limit_s`` where it has no limit of its own."""
+        limit_s = limit_s if self.limit_s is None else self.limit_s
         process = f" (process {self.sign.pid})" if self.sign else ""
-        if self._ping is not None and now - self._asked >= self.limit_s:
-            return f"No sign of life from {self.name} for {self.limit_s:.0f} s: stopped or hanging{process}"
-        if self.sign and self.sign.headway and now - self._since >= self.limit_s:
-            return f"{self.name} made no headway for {self.limit_s:.0f} s: the call hangs{process}"
+        if self._ping is not None and now - self._asked >= limit_s:
+            return f"No sign of life from {self.name} for {limit_s:.0f} s: stopped or hanging{process}"
+        if self.sign and self.sign.headway and now - self._since >= limit_s:
+            return f"{self.name} made no headway for {limit_s:.0f} s: the call hangs{process}"
         return ""
 
 
@@ -101,7 +103,7 @@ class Watch:
 
     def add(self, actor: Any, name: str, on_loss: Callable[[str], None] | None = None) -> Watched:
         """Watch ``actor``, called ``name`` in messages; see :class:`Watched`."""
-        watched = Watched(name, actor, self.timeout_s, on_loss)
+        watched = Watched(name, actor, on_loss)
         self._watched[watched.key] = watched
         return watched
 
@@ -118,23 +120,16 @@ class Watch:
         """
         values: dict[Any, Any] = {}
         pending = list(dict.fromkeys(futures))
-        self.begin()
         while pending:
             done = self.turn(pending)
             pending = [future for future in pending if future not in done]
             values.update(zip(done, self._fetch(done), strict=True))
         return [values[future] for future in futures]
 
-    def begin(self) -> None:
-        """Count the silence of all actors from now on: nobody listened to them between two waits."""
-        for watched in self._watched.values():
-            watched.forget_ping()
-        self._asked = 0.0
-
     def turn(self, futures: Sequence[Any]) -> list[Any]:
         """Return those of ``futures`` that are there; else wait a moment for them and look after the actors.
 
-        For who waits in a loop of their own: :meth:`begin` comes before the first turn.
+        For who waits in a loop of their own.
 
         Raises:
             InfraError: an actor that nobody replaces was lost.
@@ -176,7 +171,9 @@ class Watch:
         """
         now = time.monotonic()
         if now - self._looked > 2 * self.look_every_s:
-            self.begin()  # this process stood still itself
+            # Nobody listened between two waits, or this process stood still itself.
+            for watched in self._watched.values():
+                watched.begin(now)
         self._looked = now
         lost = [(watched, trouble) for watched in self._watched.values() if (trouble := self._trouble(watched, now))]
         for_good = [trouble for watched, trouble in lost if watched.on_loss is None]
@@ -194,7 +191,7 @@ class Watch:
             watched.hear(now)
         except RayError as error:
             return str(self.translate(error))
-        return watched.trouble(now)
+        return watched.trouble(now, self.timeout_s)
 
     def _fetch(self, futures: list[Any]) -> list[Any]:
         try:

@@ -30,24 +30,23 @@ STRUCK_AT = (3, 4, 5)
 """The steps at which a phase may be met; the checkpoint of the step before is there."""
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> dict:
-    """The flags of all runs: three steps an episode, with a critic and two engines."""
-    pytest.importorskip("vllm")
-    folder = tmp_path_factory.mktemp("material")
+def flags_in(folder: Path) -> dict:
+    """Return the flags of all runs, their models and data in ``folder``: three steps an episode, two engines."""
     flags = {f"{role}_num_gpus_per_node": 1 for role in ("actor", "critic", "ref", "reward")}
     flags |= {"pretrain": tiny_folder(folder / "policy", hidden=64), "input_key": "prompt"}
     flags |= {"reward_pretrain": tiny_reward_model(folder / "reward", mean=0.0, std=0.1)}
     flags |= {"prompt_data": write_rows(folder / "prompts.jsonl", demonstrations(PROMPTS)), "prompt_max_len": 32}
-    flags |= {
-        "rollout_batch_size": 8,
-        "n_samples_per_prompt": 2,
-        "micro_rollout_batch_size": 2,
-        "num_episodes": EPISODES,
-    }
-    flags |= {"train_batch_size": 4, "micro_train_batch_size": 1, "generate_max_len": 128}
+    flags |= {"rollout_batch_size": 8, "n_samples_per_prompt": 2, "micro_rollout_batch_size": 2}
+    flags |= {"train_batch_size": 4, "micro_train_batch_size": 1, "generate_max_len": 128, "num_episodes": EPISODES}
     flags |= {"actor_learning_rate": 3e-3, "critic_learning_rate": 3e-3, "lr_warmup_ratio": 0}
     return {**flags, "vllm_num_engines": 2, "vllm_sync_backend": "gloo", "save_steps": 1, "max_ckpt_num": STEPS}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> dict:
+    """The flags of all runs."""
+    pytest.importorskip("vllm")
+    return flags_in(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
