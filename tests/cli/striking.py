@@ -1,4 +1,4 @@
-"""Runs of PPO on Ray that are struck: a signal to one of their processes while the driver is in a known phase."""
+"""A run of PPO on Ray that is struck: signals to its processes while the driver is known to be in a certain phase."""
 
 from __future__ import annotations
 
@@ -7,96 +7,107 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cli.stopping import (
-    SHARED_MEMORY,
-    calm_environment,
-    end_session,
-    wait_for_line,
-    wait_until_gone,
-)
+from tests.cli.stopping import SHARED_MEMORY, calm_environment, end_session, wait_until_gone
 from tests.cli.supervised import ROOT
 
 DRIVER = "driver"
-PATIENCE_S = 270.0
-"""How long a run may take; the machine may be busy with others, so it says nothing about the run."""
+PATIENCE_S = 280.0
+"""How long anything may take; the machine may be busy with others, so it says nothing about the run."""
 
 
-@dataclass(frozen=True)
-class Struck:
-    """What is known of a run that was struck.
+class Target:
+    """A run that was started.
 
     Attributes:
-        code: its exit status.
-        pid: the process that got the signal.
-        seconds: from the signal to the line of the log that matched each of ``lines``, and to the end of the run.
-        output: what it wrote to the terminal.
-        log: its log.
+        step: the last step after which it was struck.
+        output: what it wrote to the terminal, once it has ended.
     """
 
-    code: int
-    pid: int
-    seconds: dict[str, float]
-    output: str
-    log: str
+    def __init__(self, words: list[str], run_path: Path):
+        self.step, self.output = 0, ""
+        self._log = run_path / "log.txt"
+        self._log.unlink(missing_ok=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self._process = subprocess.Popen(words, env=calm_environment(), cwd=ROOT, start_new_session=True, **pipes)
 
+    @property
+    def log(self) -> str:
+        """Its log so far."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-def strike(
-    words: list[str], run_path: Path, phases: Sequence[str], whom: str, number: signal.Signals, lines: Sequence[str]
-) -> Struck:
-    """Run a command and send ``number`` to ``whom`` (``DRIVER``, or a name of the log) in the first of ``phases``
-    that is met, as the log calls them; note when the log has each of ``lines``.
+    def strike(self, moment: str, whom: str, number: signal.Signals, since: int) -> int:
+        """Send ``number`` to ``whom`` (``DRIVER``, or a name in the log) in phase ``moment`` of a step after ``since``.
 
-    Fails when the driver was in none of the phases, or when anything of the run outlives it.
-    """
-    shared, log = set(SHARED_MEMORY.iterdir()), run_path / "log.txt"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(words, env=calm_environment(), cwd=ROOT, start_new_session=True, **pipes)
-    try:
-        pid = _hit(process, log, phases, whom, number)
-        seconds = _follow(process, log, lines)
-        output, _ = process.communicate(timeout=PATIENCE_S)
-        left = wait_until_gone(process.pid)
-    finally:
-        end_session(process)
-    assert not left, f"still there: {left}\n{output}"
-    assert set(SHARED_MEMORY.iterdir()) <= shared
-    return Struck(process.returncode, pid, seconds, output, log.read_text(errors="replace"))
+        Return the process that got it. The driver stands still meanwhile, so it is in that phase.
+        """
 
+        def in_it() -> bool:
+            phases = re.findall(r"phase: (.*)", self.log)
+            found = re.fullmatch(rf"{moment}, after step (\d+)", phases[-1]) if phases else None
+            self.step = int(found[1]) if found else self.step
+            return found is not None and self.step >= since
 
-def _hit(process: subprocess.Popen, log: Path, phases: Sequence[str], whom: str, number: signal.Signals) -> int:
-    for phase in phases:
-        wait_for_line(process, log, f"phase: {phase}", timeout=PATIENCE_S)
-        with _standing_still(process.pid):
-            text = log.read_text(errors="replace")
-            if re.findall(r"phase: (.*)", text)[-1] == phase:
-                pid = process.pid if whom == DRIVER else int(re.findall(rf"{whom} is process (\d+)", text)[-1])
-                os.kill(pid, number)
-                return pid
-    raise AssertionError(f"the driver was in none of {phases} when it was looked at")
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end and self._process.poll() is None:
+            if in_it():
+                with self._standing_still():
+                    if in_it():
+                        pid = self._pid_of(whom)
+                        os.kill(pid, number)
+                        return pid
+            time.sleep(0.002)
+        raise AssertionError(f"not met in {moment} after step {since}:\n{self._rest()}")
+
+    def seconds_until(self, line: str, times: int) -> float:
+        """Return how long it takes from now until the log has ``line`` so many times."""
+        began = time.monotonic()
+        while len(re.findall(line, self.log)) < times:
+            ended, passed = self._process.poll() is not None, time.monotonic() - began
+            assert passed < PATIENCE_S and not ended, f"no {line!r}:\n{self._rest()}"
+            time.sleep(0.05)
+        return round(time.monotonic() - began, 1)
+
+    def end(self) -> tuple[int, float]:
+        """Wait until the run has ended; return its exit status and how long that took."""
+        began = time.monotonic()
+        self.output, _ = self._process.communicate(timeout=PATIENCE_S)
+        return self._process.returncode, round(time.monotonic() - began, 1)
+
+    def check_nothing_left(self) -> None:
+        """Fail when a process of the run outlives it."""
+        left = wait_until_gone(self._process.pid)
+        assert not left, f"still there: {left}"
+
+    def close(self) -> None:
+        """Kill what is left."""
+        end_session(self._process)
+
+    def _pid_of(self, whom: str) -> int:
+        return self._process.pid if whom == DRIVER else int(re.findall(rf"{whom} is process (\d+)", self.log)[-1])
+
+    def _rest(self) -> str:
+        return f"{self.log[-2000:]}\n{self._process.stdout.read() if self._process.poll() is not None else ''}"
+
+    @contextmanager
+    def _standing_still(self):
+        os.kill(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._process.pid, signal.SIGCONT)
 
 
 @contextmanager
-def _standing_still(pid: int):
-    """Stop the driver inside, so that the phase it is in is known."""
-    os.kill(pid, signal.SIGSTOP)
+def target(words: list[str], run_path: Path):
+    """Run a command to be struck; nothing of it is left afterwards, nor of its shared memory."""
+    shared = set(SHARED_MEMORY.iterdir())
+    run = Target(words, run_path)
     try:
-        yield
+        yield run
+        run.check_nothing_left()
     finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def _follow(process: subprocess.Popen, log: Path, lines: Sequence[str]) -> dict[str, float]:
-    """Wait for the end of the process; return when each of ``lines`` came, and the end, in seconds from now."""
-    began, seconds = time.monotonic(), {}
-    while process.poll() is None:
-        text = log.read_text(errors="replace")
-        passed = round(time.monotonic() - began, 1)
-        seconds |= {line: passed for line in lines if line not in seconds and re.search(line, text)}
-        assert passed < PATIENCE_S, f"the run does not end:\n{text[-3000:]}"
-        time.sleep(0.05)
-    return {**seconds, "end": round(time.monotonic() - began, 1)}
+        run.close()
+    assert set(SHARED_MEMORY.iterdir()) <= shared

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.stopping import EXITS_WITHIN_S, Stopped, stop_at, with_word
+from tests.cli.stopping import EXITS_WITHIN_S, Stopped, assert_same_run, stop_at, with_word
 from tests.cli.supervised import (
-    assert_same_weights,
     command,
     demonstrations,
     metrics_of,
@@ -192,19 +191,9 @@ def run_calmly(words: list[str]) -> None:
         run(words)
 
 
-def lines(folder: Path, name: str) -> list[dict]:
-    """Return the lines of a file of a run without what the clock decides."""
-    rows = [json.loads(line) for line in (folder / "model_run" / name).read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if k != "tokens_per_second" and k.partition("/")[0] != "time"} for row in rows
-    ]
-
-
-def assert_same_run(folder: Path, whole: Path, name: str) -> None:
-    assert lines(folder, METRICS) == lines(whole, METRICS)
-    if name.startswith("ppo"):
-        assert lines(folder, "samples.jsonl") == lines(whole, "samples.jsonl")
-    assert_same_weights(folder / "model", whole / "model")
+def assert_same(folder: Path, whole: Path, name: str) -> None:
+    """Fail unless a run of program ``name`` is the whole one."""
+    assert_same_run(folder, whole, METRICS, *(("samples.jsonl", "ledger.jsonl") if name.startswith("ppo") else ()))
 
 
 def ask(case: Case, material: Path, folder: Path) -> Stopped:
@@ -245,7 +234,7 @@ def test_a_run_that_is_asked_to_stop_ends_soon_with_its_last_step_saved(case, ma
 def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(case, material, whole, tmp_path):
     ask_and_look(case, material, tmp_path)
     run_calmly(Program(case.program, material).words(tmp_path, resume=True))
-    assert_same_run(tmp_path, whole(case.program), case.program)
+    assert_same(tmp_path, whole(case.program), case.program)
 
 
 @pytest.mark.full
@@ -258,7 +247,7 @@ def test_stopped_before_its_first_step_a_resumed_run_leaves_the_older_checkpoint
     assert (stopped.code, stopped.step) == (143, 0)
     assert contents(tmp_path / "ckpt") == before != {}
     run_calmly(words)
-    assert_same_run(tmp_path, whole("sft"), "sft")
+    assert_same(tmp_path, whole("sft"), "sft")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
