@@ -15,6 +15,8 @@ VANISHED = "connection error code 2"
 LAST_WORDS = re.compile(r"\*\*\* (SIG[A-Z]+) received")
 """What Ray's workers write when a signal ends them, unless it is SIGKILL."""
 
+END_BYTES = 2**16
+
 
 def how_it_died(error: BaseException, sign: Sign | None) -> str:
     """Return one sentence on the process of a dead actor.
@@ -37,10 +39,18 @@ def _cause(text: str, log: Path | None) -> str:
     """Return what ended a process, as far as Ray and its log tell."""
     if VANISHED not in text:
         return f"ended: {one_line(text)}"
-    with suppress(OSError, AttributeError):
-        said = LAST_WORDS.search(log.read_text(errors="replace"))
-        return f"was ended by {said[1]}" if said else "was ended by SIGKILL, as the system does when memory runs out"
-    return "was killed, or crashed"
+    if log is None:
+        return "was killed, or crashed"
+    said = LAST_WORDS.search(_end_of(log))
+    return f"was ended by {said[1]}" if said else "was ended by SIGKILL, as the system does when memory runs out"
+
+
+def _end_of(path: Path) -> str:
+    """Return the last of a log, however long it is."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def _field(text: str, name: str) -> str:

@@ -39,7 +39,7 @@ class Target:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def strike(self, moment: str, whom: str, number: signal.Signals, since: int) -> int:
-        """Send ``number`` to ``whom`` (``DRIVER``, or a name in the log) in phase ``moment`` of a step after ``since``.
+        """Send ``number`` to ``whom`` (``DRIVER``, or a name in the log) in phase ``moment`` after step ``since``.
 
         Return the process that got it. The driver stands still meanwhile, so it is in that phase.
         """
