@@ -120,9 +120,9 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
 
 def _start_engines(config: RayPPOConfig, placement: Placement, slots: Any, watch: Any) -> tuple[Any, list[Any]]:
     """Start the vLLM engines; return them and the futures of their loading."""
-    from openrlhf.ray.vllm_actor import RayEngines
+    from openrlhf.ray.engines import RayEngines
 
-    engines = RayEngines.start(slots, watch)
+    engines = RayEngines(slots, watch)
     loading = engines.setup(
         _absolute(config.model.pretrain),
         dtype="bfloat16" if config.model.bf16 else "float32",

@@ -70,10 +70,11 @@ def _slot(resources: Mapping[str, float], slots: int) -> str:
 
 
 def disconnect() -> None:
-    """Leave the cluster; one that :func:`connect` started ends with it."""
+    """Leave the cluster; one that :func:`connect` started ends with it, also where a process of it is stopped."""
     import ray
 
     ours = signals.is_installed()
+    watch_over(_processes_of_ray())
     leaving = threading.Thread(target=ray.shutdown, name="leave Ray")
     leaving.start()
     while leaving.is_alive():
@@ -81,6 +82,15 @@ def disconnect() -> None:
         if ours:
             signals.install()
         leaving.join(0.01)
+
+
+def _processes_of_ray() -> list[int]:
+    """Return all processes of the cluster that :func:`connect` started; none of another's cluster."""
+    import ray
+
+    node = ray._private.worker._global_node
+    started = [info.process.pid for infos in node.all_processes.values() for info in infos] if is_ours() else []
+    return [*started, *(child for process in started for child in signals.descendants(process))]
 
 
 def output_is_logged() -> bool:

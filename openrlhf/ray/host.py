@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,10 +58,11 @@ DRIVER = "the driver"
 
 
 class Sign(NamedTuple):
-    """A sign of life: the process, and while it works on a call something that changes as long as there is headway."""
+    """A sign of life: the process, what changes while it gets on with a call (None between calls), its bytes."""
 
     pid: int
     headway: tuple[int, Any] | None
+    memory: int
 
 
 def work_done(clock: int) -> tuple[float, int]:
@@ -75,6 +75,16 @@ def work_done(clock: int) -> tuple[float, int]:
         counters = dict(line.split(b": ") for line in Path("/proc/self/io").read_bytes().splitlines())
         moved = int(counters[b"rchar"]) + int(counters[b"wchar"])
     return time.clock_gettime(clock), moved // HEADWAY_BYTES
+
+
+def work_of_children() -> int:
+    """Return the whole processor seconds of all processes below this one."""
+    ticks = 0
+    for process in signals.descendants(os.getpid()):
+        with suppress(OSError):
+            fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks // os.sysconf("SC_CLK_TCK")
 
 
 class Pulse:
@@ -91,10 +101,10 @@ class Pulse:
 
     @contextmanager
     def during_call(self, progress: Callable[[], Any] | None = None) -> Iterator[None]:
-        """Show headway while the block runs: ``progress`` where it is given."""
+        """Show headway while the block runs; what ``progress`` returns counts too."""
         self._calls += 1
         clock = time.pthread_getcpuclockid(threading.get_ident())
-        self._progress = progress or partial(work_done, clock)
+        self._progress = lambda: (work_done(clock), progress() if progress else None)
         try:
             yield
         finally:
@@ -103,7 +113,14 @@ class Pulse:
     def sign(self) -> Sign:
         """Return how this process is."""
         progress = self._progress
-        return Sign(os.getpid(), None if progress is None else (self._calls, progress()))
+        return Sign(os.getpid(), None if progress is None else (self._calls, progress()), _memory())
+
+
+def _memory() -> int:
+    """Return the bytes of main memory that this process holds."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 @ray.remote(concurrency_groups={"ping": 1})

@@ -1,4 +1,4 @@
-"""Generation on Ray: vLLM engines as actors."""
+"""A vLLM engine as an actor of Ray."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import ray
 
 from openrlhf.ray.buckets import unpack
-from openrlhf.ray.group import Watch, start_actor
-from openrlhf.ray.host import DRIVER, Pulse, Sign, ray_noset_visible_devices
+from openrlhf.ray.group import start_actor
+from openrlhf.ray.host import DRIVER, Pulse, Sign, ray_noset_visible_devices, work_of_children
 from openrlhf.ray.slots import Slots
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.strategy import signals
-from openrlhf.trainer.ppo.groups import deal
 
 
 @ray.remote(concurrency_groups={"ping": 1})
@@ -30,12 +29,12 @@ class VLLMActor:
         see_devices(self.devices)
         from openrlhf.rollout.vllm_engine import VLLMEngine
 
-        with self.pulse.during_call():
+        with self.pulse.during_call(work_of_children):
             self.engine = VLLMEngine(model_path, **options)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Return the rollouts of ``prompts``."""
-        with self.pulse.during_call(lambda: self.engine.steps):
+        with self.pulse.during_call(self._headway):
             return self.engine.generate(prompts, sampling)
 
     def update_weights(self, buckets: list[ray.ObjectRef], version: int) -> None:
@@ -45,13 +44,17 @@ class VLLMActor:
             for bucket in buckets:
                 yield from unpack(ray.get(bucket))
 
-        with self.pulse.during_call():
+        with self.pulse.during_call(self._headway):
             self.engine.update_weights(weights(), version)
 
     def call(self, name: str, *arguments: str) -> None:
         """Call ``sleep`` or ``wake_up`` of the engine."""
-        with self.pulse.during_call():
+        with self.pulse.during_call(self._headway):
             getattr(self.engine, name)(*arguments)
+
+    def _headway(self) -> tuple[int, int]:
+        """Return what grows while the engine works, in this process or in those that it shares a model with."""
+        return self.engine.steps, work_of_children() if self.engine.tensor_parallel_size > 1 else 0
 
     @ray.method(concurrency_group="ping")
     def ping(self) -> Sign:
@@ -77,43 +80,3 @@ def see_devices(devices: Sequence[int]) -> None:
 def start_engine(slots: Slots, index: int) -> Any:
     """Start engine ``index``, empty, on its slot."""
     return start_actor(VLLMActor, slots, index, slots.devices(index))
-
-
-class RayEngines:
-    """A :class:`~openrlhf.rollout.engine.RolloutEngine` of several vLLM actors; each gets a contiguous list."""
-
-    def __init__(self, actors: list[Any], watch: Watch):
-        self.actors = actors
-        self.watch = watch
-        for number, actor in enumerate(actors):
-            watch.add(actor, f"vLLM engine {number}")
-
-    @classmethod
-    def start(cls, slots: Slots, watch: Watch) -> RayEngines:
-        """Start one empty engine actor on each of ``slots``; load models with :meth:`setup`."""
-        return cls([start_engine(slots, index) for index in range(len(slots.bundles))], watch)
-
-    def setup(self, model_path: str, **options: Any) -> list[Any]:
-        """Load ``model_path`` in every engine (options of ``VLLMEngine``); return futures."""
-        return [actor.setup.remote(model_path, options) for actor in self.actors]
-
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Return ``sampling.n`` rollouts a prompt, in the order of ``prompts``."""
-        shares = deal(prompts, len(self.actors))
-        futures = [a.generate.remote(share, sampling) for a, share in zip(self.actors, shares, strict=True) if share]
-        return [rollout for answers in self.watch.get(futures) for rollout in answers]
-
-    def update_weights(self, buckets: list[Any], version: int) -> None:
-        """Give every engine the same buckets, by reference; return when all of them serve ``version``."""
-        self.watch.get([actor.update_weights.remote(buckets, version) for actor in self.actors])
-
-    def sleep(self) -> None:
-        """Give device memory back, where engines were started to do so."""
-        self._all("sleep")
-
-    def wake_up(self, part: str) -> None:
-        """Take a part of the memory back."""
-        self._all("wake_up", part)
-
-    def _all(self, name: str, *arguments: str) -> None:
-        self.watch.get([actor.call.remote(name, *arguments) for actor in self.actors])

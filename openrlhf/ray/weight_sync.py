@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from openrlhf.ray.engines import RayEngines
 from openrlhf.ray.group import RayGroup
-from openrlhf.ray.vllm_actor import RayEngines
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -21,9 +23,13 @@ class RayWeightSync:
         self.policy = policy
         self.engines = engines
         self.bucket_bytes = bucket_bytes
+        engines.take_weights_from(lambda: self._publish()[0])
 
     def push(self, version: int) -> None:
         """Return when every engine serves the policy's present weights under ``version``."""
-        futures = [host.publish_weights.remote(self.bucket_bytes) for host in self.policy.hosts]
-        buckets = self.policy.get(futures)[0]
+        buckets = self.policy.get(self._publish())[0]
         self.engines.update_weights(buckets, version)
+
+    def _publish(self) -> list[Any]:
+        """Have all ranks put the weights in the object store; return a future a rank, the first has the buckets."""
+        return [host.publish_weights.remote(self.bucket_bytes) for host in self.policy.hosts]

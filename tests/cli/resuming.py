@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STEPS = 6
-JOURNALS = ("metrics.jsonl", "samples.jsonl")
+JOURNALS = ("metrics.jsonl", "samples.jsonl", "ledger.jsonl")
 BEFORE = "before.jsonl"
 WEIGHT_NUMBER = re.compile(r"\d+_\d+")
 

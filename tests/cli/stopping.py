@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cli.supervised import ROOT, environment
+from tests.cli.supervised import ROOT, assert_same_weights, environment
 
 EXITS_WITHIN_S = 25.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -127,3 +128,18 @@ def alive_in(session: int) -> dict[int, str]:
 def with_word(word: str) -> Callable[[int], int]:
     """Return a function from a session to its process whose command has ``word``."""
     return lambda session: next(pid for pid, command in alive_in(session).items() if word in command)
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    """Return the lines of a file of a run without what the clock decides."""
+    rows = [json.loads(line) for line in (folder / "model_run" / name).read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_second" and k.partition("/")[0] != "time"} for row in rows
+    ]
+
+
+def assert_same_run(folder: Path, whole: Path, *journals: str) -> None:
+    """Fail unless the journals and the weights of two runs are equal bit for bit."""
+    for name in journals:
+        assert lines(folder, name) == lines(whole, name)
+    assert_same_weights(folder / "model", whole / "model")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.stopping import EXITS_WITHIN_S, Stopped, stop_at, with_word
+from tests.cli.stopping import EXITS_WITHIN_S, Stopped, assert_same_run, stop_at, with_word
 from tests.cli.supervised import (
-    assert_same_weights,
     command,
     demonstrations,
     metrics_of,
@@ -203,19 +202,9 @@ def run_calmly(words: list[str]) -> None:
         run(words)
 
 
-def lines(folder: Path, name: str) -> list[dict]:
-    """Return the lines of a file of a run without what the clock decides."""
-    rows = [json.loads(line) for line in (folder / "model_run" / name).read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if k != "tokens_per_second" and k.partition("/")[0] != "time"} for row in rows
-    ]
-
-
-def assert_same_run(folder: Path, whole: Path, name: str) -> None:
-    assert lines(folder, METRICS) == lines(whole, METRICS)
-    if name.startswith("ppo"):
-        assert lines(folder, "samples.jsonl") == lines(whole, "samples.jsonl")
-    assert_same_weights(folder / "model", whole / "model")
+def assert_same(folder: Path, whole: Path, name: str) -> None:
+    """Fail unless a run of program ``name`` is the whole one."""
+    assert_same_run(folder, whole, METRICS, *(("samples.jsonl", "ledger.jsonl") if name.startswith("ppo") else ()))
 
 
 def ask(case: Case, material: Path, folder: Path) -> Stopped:
@@ -256,7 +245,7 @@ def test_a_run_that_is_asked_to_stop_ends_soon_with_its_last_step_saved(case, ma
 def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(case, material, whole, tmp_path):
     ask_and_look(case, material, tmp_path)
     run_calmly(Program(case.program, material).words(tmp_path, resume=True))
-    assert_same_run(tmp_path, whole(case.program), case.program)
+    assert_same(tmp_path, whole(case.program), case.program)
 
 
 @pytest.mark.full
@@ -269,7 +258,7 @@ def test_stopped_before_its_first_step_a_resumed_run_leaves_the_older_checkpoint
     assert (stopped.code, stopped.step) == (143, 0)
     assert contents(tmp_path / "ckpt") == before != {}
     run_calmly(words)
-    assert_same_run(tmp_path, whole("sft"), "sft")
+    assert_same(tmp_path, whole("sft"), "sft")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -283,25 +272,3 @@ def test_asked_twice_a_run_on_ray_ends_at_once_and_leaves_nothing_behind(materia
     stopped = stop_at(Program("ppo", material).words(tmp_path), run_path, line, again_s=1.1)
     assert stopped.code == 143
     assert stopped.seconds < 1.1 + 5
-
-
-@pytest.mark.full
-def test_a_killed_driver_takes_its_ray_along_and_the_next_start_works_at_once(material, whole, tmp_path):
-    program, run_path = Program("ppo-vllm", material), tmp_path / "model_run"
-    line = (run_path / LOG, "phase: generate, after step 2")
-    killed = stop_at(program.words(tmp_path), run_path, line, signal.SIGKILL)
-    assert killed.code == -9 and killed.seconds < 30
-    run_calmly(program.words(tmp_path, resume=True))
-    assert_same_run(tmp_path, whole("ppo-vllm"), "ppo-vllm")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("phase", ["generate, after step 1", "sync, after step 1"])
-def test_a_killed_engine_ends_the_run_with_its_name(material, tmp_path, phase):
-    run_path = tmp_path / "model_run"
-    words = Program("ppo-vllm", material).words(tmp_path)
-    killed = stop_at(words, run_path, (run_path / LOG, phase), signal.SIGKILL, with_word("ray::VLLMActor"))
-    assert killed.code == 4, killed.output
-    assert "vLLM engine 0 died" in killed.output
-    assert "Traceback" not in killed.output
-    assert killed.seconds < 15

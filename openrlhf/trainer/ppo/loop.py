@@ -77,6 +77,7 @@ class PPOLoop:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
         epoch_ended: whether the last step took the last prompts of a pass over them.
         evaluating: whether the evaluation after the last step was begun and not finished.
+        learned: the samples that the last step learned from.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PPOLoop:
         self.global_step = 0
         self.epoch_ended = False
         self.evaluating = False
+        self.learned: list[Rollout] = []
         self._seconds: dict[str, float] = {}
 
     @property
@@ -172,6 +174,7 @@ class PPOLoop:
         self.global_step += 1
         self._move(batch.drawn)
         self._sync()
+        self.learned = experiences.rollouts
         self._keep_samples(experiences)
         metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
         self.callbacks.on_step_end(self, metrics)

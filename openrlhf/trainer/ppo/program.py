@@ -24,6 +24,7 @@ from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
 from openrlhf.trainer.ppo.groups import LocalGroup
+from openrlhf.trainer.ppo.ledger import Ledger
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
 from openrlhf.trainer.ppo.texts import load_texts
@@ -158,6 +159,7 @@ def ppo_callbacks(config: PPOConfig, run: Run, roles: Roles) -> list[Callback]:
         ),
         Profiling(config.logging.profile_steps, *recording, run.path, run.say),
         Evaluation(config.logging.eval_steps),
+        *([Ledger(run.path / "ledger.jsonl")] if talks else []),
         PPOCheckpointing(config, roles, manager),
     ]
 
