@@ -11,7 +11,7 @@ import pytest
 from openrlhf.config.arguments import parse
 from openrlhf.config.memory import Memory, Sharding, frozen, key_values, trained
 from openrlhf.config.needs import Pool, need_lines, phase_needs, ppo_roles, supervised_roles
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import RayPPOConfig
 from openrlhf.config.shapes import shape_of
 from openrlhf.config.supervised import DPOConfig
 from openrlhf.ray.placement import Placement
@@ -76,7 +76,7 @@ EIGHT_B = ["--prompt_data", "p", "--bf16", "--gradient_checkpointing", "--zero_s
 EIGHT_B += ["--micro_train_batch_size", "1", "--micro_rollout_batch_size", "4"]
 
 
-def fits(config: PPOConfig) -> list[str]:
+def fits(config: RayPPOConfig) -> list[str]:
     """Return for every group of devices which cards have room for it."""
     lines = Placement.from_config(config).memory(config)
     return [line.split("; ")[1].split(",")[0] for line in lines if "; fits" in line]
@@ -92,11 +92,11 @@ def test_70b_on_sixteen_80_gb_cards_fits():
     words = ["--pretrain", "meta-llama/Meta-Llama-3-70B", "--reward_pretrain", "meta-llama/Meta-Llama-3-70B"]
     words += [*EIGHT_B, *ranks(4), "--colocate_actor_ref", "--colocate_critic_reward", "--adam_offload"]
     engines = ["--vllm_num_engines", "4", "--vllm_tensor_parallel_size", "2"]
-    config = parse(PPOConfig, [*words, *engines], "train_ppo_ray")[0]
+    config = parse(RayPPOConfig, [*words, *engines], "train_ppo_ray")[0]
     assert Placement.from_config(config).slots == 16
     assert fits(config) == ["fits cards of 80 GB and more"] * 3
     without = [word for word in words if word != "--adam_offload"]
-    config = parse(PPOConfig, [*without, *engines], "train_ppo_ray")[0]
+    config = parse(RayPPOConfig, [*without, *engines], "train_ppo_ray")[0]
     assert fits(config)[0].startswith("fits no card")
 
 
@@ -114,12 +114,12 @@ def test_7b_on_four_24_gb_cards_fits_asleep_and_with_everything_offloaded_only()
     words += ["--adam_offload", "--vllm_num_engines", "4", "--colocate_all_models", *ranks(4)]
     words += ["--advantage_estimator", "reinforce", "--vllm_gpu_memory_utilization", "0.65"]
     asleep = ["--vllm_enable_sleep", "--ref_reward_offload"]
-    assert fits(parse(PPOConfig, words, "train_ppo_ray")[0]) != ["fits cards of 24 GB and more"]
-    assert fits(parse(PPOConfig, [*words, *asleep], "train_ppo_ray")[0]) == ["fits cards of 24 GB and more"]
+    assert fits(parse(RayPPOConfig, words, "train_ppo_ray")[0]) != ["fits cards of 24 GB and more"]
+    assert fits(parse(RayPPOConfig, [*words, *asleep], "train_ppo_ray")[0]) == ["fits cards of 24 GB and more"]
 
 
 def test_an_engine_that_sleeps_and_states_that_rest_leave_their_room_to_others():
-    config = parse(PPOConfig, [*PPO_8B, *ranks(1)], "train_ppo_ray")[0]
+    config = parse(RayPPOConfig, [*PPO_8B, *ranks(1)], "train_ppo_ray")[0]
     roles = ppo_roles(config, {"actor": 1}, 0.5)
     awake, asleep = (phase_needs(Pool(("actor", "vllm"), sleeps), roles, 80e9) for sleeps in (False, True))
     assert awake["train actor"] - asleep["train actor"] == pytest.approx(40e9)
