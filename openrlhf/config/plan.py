@@ -82,9 +82,21 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"then {_count(updates, 'optimizer step')} x {_count(batch.max_epochs, 'epoch')}",
         _rank_line(config, ranks, "answers"),
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
-        f"reward: {config.reward.remote_rm_url or ' + '.join(config.model.reward_models)}",
+        f"reward: {config.reward.remote_rm_url or ' + '.join(config.model.reward_models) or 'of steps alone'}",
     ]
-    return [*lines, UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}", *_files(config)]
+    total = UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}"
+    return [*lines, *_beside(config), total, *_files(config)]
+
+
+def _beside(config: PPOConfig) -> list[str]:
+    """Return what else is learned from: rewards of steps, and texts."""
+    found, reward, texts = [], config.reward, config.prompts.pretrain_data
+    if reward.prm_pretrain:
+        found.append(f"process reward: {reward.prm_pretrain} at every {reward.prm_placeholder_token}")
+    if texts:
+        rows = f"{config.batch.train_batch_size} texts of {texts} in every optimizer step"
+        found.append(f"beside it: {rows}, times {config.algorithm.ptx_coef:g}")
+    return found
 
 
 def _ppo_total(config: PPOConfig, rows: int) -> str:

@@ -80,6 +80,14 @@ def test_a_rollout_step_says_answers_updates_and_rewards(rows):
     assert "40 prompts x 1 episode: 3 rollout steps, 5 optimizer steps" in text
 
 
+def test_rewards_of_steps_and_texts_are_planned_too():
+    words = [*PPO[:4], "--prm_pretrain", "p", "--prm_placeholder_token", "x", "--prm_reward_tokens", "+", "-"]
+    text = plan(PPOConfig, [*words, "--pretrain_data", "t", "--ptx_coef", "0.2"], 1)
+    assert "reward: of steps alone\n  process reward: p at every x\n" in text
+    assert "beside it: 128 texts of t in every optimizer step, times 0.2" in text
+    assert "texts" not in plan(PPOConfig, PPO, 1)
+
+
 def test_an_estimator_without_a_critic_says_so():
     assert "reinforce, no critic" in plan(PPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
 

@@ -11,8 +11,8 @@ import torch
 from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
 from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
-from openrlhf.trainer.ppo.experience import shard
 from openrlhf.trainer.ppo.groups import LocalGroup, deal
+from openrlhf.trainer.ppo.shards import shard
 from tests.helpers import tiny_tokenizer
 from tests.trainer.ppo.harness import (
     local_loop,
@@ -256,6 +256,16 @@ def test_fewer_rollouts_than_shards_leave_some_empty(tmp_path):
     made = loop.maker.make(generated(loop, count=2))
     assert sorted(len(part) for part in made.shards) == [0, 1, 1]
     assert loop.update(made)["policy_loss"] == pytest.approx(0.0, abs=1.0)
+
+
+def test_a_reward_model_may_get_a_shard_without_answers(tmp_path):
+    config = tiny_ppo_config(tmp_path)
+    model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
+    loop, _ = local_loop(replace(config, model=model, reward=RewardConfig()))
+    rollouts = generated(loop, count=2)
+    scores = loop.maker.score(rollouts)[0]
+    loop.maker.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
+    assert loop.maker.make(rollouts).scores == pytest.approx(scores, abs=1e-5)
 
 
 def test_without_a_kl_penalty_there_is_no_reference(tmp_path):

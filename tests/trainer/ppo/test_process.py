@@ -12,8 +12,9 @@ from openrlhf.config.arguments import parse
 from openrlhf.config.ppo import PPOConfig, RewardConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
-from openrlhf.trainer.ppo.experience import Rated, shard
+from openrlhf.trainer.ppo.experience import Rated
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
+from openrlhf.trainer.ppo.shards import shard
 from tests.helpers import tiny_folder
 from tests.trainer.ppo.harness import (
     local_loop,
