@@ -82,7 +82,6 @@ def _without_texts(values: dict[str, Any], gpu: bool) -> bool:
 
 
 NOT_YET = {
-    "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
     "remote_rm_url": NotYet("HTTP reward servers are not built yet; use a .py file or --reward_pretrain", _http),
     "vllm_tensor_parallel_size": NotYet("engines over several devices are not built yet; leave it at 1"),
 }
