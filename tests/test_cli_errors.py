@@ -131,7 +131,11 @@ WRONG = [
     ("train_ppo_ray", "--colocate_actor_ref --actor_num_nodes 2", "--ref_num_nodes 1 --ref_num_gpus_per_node 8"),
     ("train_ppo_ray", "--colocate_critic_reward --reward_num_nodes 2", "--colocate_critic_reward shares devices"),
     ("train_ppo_ray", "--colocate_all_models --critic_num_nodes 2", "--colocate_all_models shares devices"),
-    ("train_ppo_ray", "--colocate_all_models --vllm_num_engines 2", "--vllm_num_engines is 2, --vllm_tensor_parallel_size 1; their product must be the 8"),
+    (
+        "train_ppo_ray",
+        "--colocate_all_models --vllm_num_engines 2",
+        "--vllm_num_engines is 2, --vllm_tensor_parallel_size 1; their product",
+    ),
     ("train_ppo_ray", "--advantage_estimator grpo", "must be one of gae, reinforce, reinforce_baseline, rloo"),
     ("train_ppo_ray", "--advantage_estimator group_norm", "group_norm compares answers to one prompt"),
     ("train_ppo_ray", "--dynamic_filtering", "--dynamic_filtering compares answers to one prompt: --n_samples_per_pr"),

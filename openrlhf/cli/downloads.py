@@ -18,7 +18,7 @@ from openrlhf.datasets.cache import alone
 from openrlhf.datasets.sources import is_here
 from openrlhf.errors import DataError
 
-MODELS = ("pretrain", "ref_pretrain", "reward_pretrain", "critic_pretrain", "teacher_model")
+MODELS = ("pretrain", "ref_pretrain", "reward_pretrain", "critic_pretrain", "prm_pretrain", "teacher_model")
 DATA = ("dataset", "eval_dataset", "prompt_data", "pretrain_data")
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 DUPLICATES = ["original/*"]

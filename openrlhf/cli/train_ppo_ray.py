@@ -145,7 +145,7 @@ def _for_workers(config: RayPPOConfig) -> RayPPOConfig:
     critic = model.critic_pretrain and _absolute(model.critic_pretrain)
     placed = replace(model, pretrain=_absolute(model.pretrain), reward_pretrain=rewards, critic_pretrain=critic)
     texts = config.prompts.pretrain_data
-    prompts = replace(config.prompts, pretrain_data=texts and ",".join(map(_absolute, texts.split(","))))
+    prompts = replace(config.prompts, pretrain_data=texts and ",".join(map(_absolute_data, texts.split(","))))
     logging = replace(config.logging, use_wandb=None, run_path=str(Path(config.logging.run_path).absolute()))
     reward = replace(config.reward, prm_pretrain=config.reward.prm_pretrain and _absolute(config.reward.prm_pretrain))
     return replace(config, model=placed, prompts=prompts, reward=reward, logging=logging)
@@ -153,8 +153,15 @@ def _for_workers(config: RayPPOConfig) -> RayPPOConfig:
 
 def _absolute(path: str) -> str:
     """Return what is on this disk as an absolute path, and a name of the hub as it is."""
-    local = Path(path.strip()).expanduser()
+    local = Path(path).expanduser()
     return str(local.absolute()) if local.exists() else path
+
+
+def _absolute_data(entry: str) -> str:
+    """Return a source of data with its path made absolute, which stands alone or on one side of an ``@``."""
+    name, at, inside = entry.strip().partition("@")
+    placed = _absolute(name)
+    return placed + at + (inside if placed != name or not inside else _absolute(inside))
 
 
 if __name__ == "__main__":

@@ -97,9 +97,7 @@ def _of_pair_losses(name: str) -> NoEffect:
     return NoEffect(f"it needs --loss {' or '.join(readers)}", lambda values, gpu: values["loss"] not in readers)
 
 
-NOT_YET = {
-    "ring_attn_size": NotYet("the ranks of PPO cannot share sequences yet; leave it at 1", beside="prompt_data"),
-}
+NOT_YET = {}
 
 _NO_COPY = NoEffect(
     "with --lora_rank the reference is the policy without its adapter", lambda values, gpu: values["lora_rank"] > 0

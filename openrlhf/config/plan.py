@@ -103,7 +103,19 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
         f"reward: {_reward_text(config)}",
     ]
-    return [*lines, UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}", *_files(config)]
+    total = UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}"
+    return [*lines, *_beside(config), total, *_files(config)]
+
+
+def _beside(config: PPOConfig) -> list[str]:
+    """Return what else is learned from: rewards of steps, and texts."""
+    found, reward, texts = [], config.reward, config.prompts.pretrain_data
+    if reward.prm_pretrain:
+        found.append(f"process reward: {reward.prm_pretrain} at every {reward.prm_placeholder_token}")
+    if texts:
+        rows = f"{config.batch.train_batch_size} texts of {texts} in every optimizer step"
+        found.append(f"beside it: {rows}, times {config.algorithm.ptx_coef:g}")
+    return found
 
 
 def _reward_text(config: PPOConfig) -> str:
@@ -111,7 +123,7 @@ def _reward_text(config: PPOConfig) -> str:
     servers = [" | ".join(urls) for urls in config.reward.reward_servers]
     sources = [*config.model.reward_models, *config.reward.reward_files, *servers]
     if config.reward.reward_weights is None:
-        return " + ".join(sources)
+        return " + ".join(sources) or "of steps alone"
     weights = config.reward.weights(len(config.model.reward_models))
     return " + ".join(f"{weight:g} x {source}" for weight, source in zip(weights, sources, strict=True))
 

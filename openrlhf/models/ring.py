@@ -69,6 +69,14 @@ class Ring:
         rows = SharedRows(lengths, starts, ring=self)
         return replace(batch, input_ids=ids, position_ids=positions, rows=rows)
 
+    def gather(self, own: list) -> list:
+        """Return the items of all ranks, equally many of each, those of the first rank first."""
+        if self.size == 1:
+            return own
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, own, group=self.group)
+        return [item for part in parts for item in part]
+
     def mine(self, wanted: Tensor, chunk: int) -> Mine:
         """Return which of the ascending places ``wanted`` (M,) of a row lie in the own chunk of ``chunk`` tokens."""
         if self.size == 1:

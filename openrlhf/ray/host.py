@@ -47,6 +47,8 @@ def build_worker(worker_class: Callable, config: Any, kwargs: dict[str, Any]) ->
         max_norm=config.optim.max_norm,
         micro_batch_size=config.batch.micro_train_batch_size,
         seed=config.batch.seed,
+        ring_size=config.attention.ring_attn_size,
+        ring_head_stride=config.attention.ring_head_stride,
     )
     strategy.setup_distributed()
     return worker_class(config, strategy, **kwargs)

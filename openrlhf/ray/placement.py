@@ -154,7 +154,8 @@ class Placement:
         return need_lines(roles, pools)
 
     def _problems(self, config: RayPPOConfig) -> list[str]:
-        found = []
+        ring = config.attention.ring_attn_size
+        found = [_ring_problem(role, ring) for role in self.roles if role.workers % ring]
         for pool in self.pools:
             members = [role for role in self.roles if role.pool == pool]
             for other in members[1:]:
@@ -214,13 +215,26 @@ def _notices(config: RayPPOConfig, names: set[str]) -> list[str]:
     return found
 
 
+def _ring_problem(role: Role, ring: int) -> str:
+    name = _flag_name(role)
+    return (
+        f"--ring_attn_size {ring}: the {role.workers} ranks of the {name} model cannot be dealt to rings of {ring}: "
+        f"change --{name}_num_nodes or --{name}_num_gpus_per_node, or lower the flag"
+    )
+
+
+def _flag_name(role: Role) -> str:
+    """Return what the flags for the size of a role begin with."""
+    return "reward" if role.name == PROCESS else role.name.split("-")[0]
+
+
 def _size_problem(config: RayPPOConfig, first: Role, other: Role) -> str:
     flags = config.placement
     if flags.colocate_all_models and not (first.pool == "critic" and flags.colocate_critic_reward):
         cause = "--colocate_all_models"
     else:
         cause = "--colocate_actor_ref" if first.name == "actor" else "--colocate_critic_reward"
-    one, two = ("reward" if role.name == PROCESS else role.name.split("-")[0] for role in (first, other))
+    one, two = _flag_name(first), _flag_name(other)
     return (
         f"{cause} shares devices between {one} and {two}: --{one}_num_nodes {first.nodes} --{one}_num_gpus_per_node "
         f"{first.per_node} must equal --{two}_num_nodes {other.nodes} --{two}_num_gpus_per_node {other.per_node}"

@@ -88,10 +88,12 @@ def test_names_become_folders_and_what_is_here_stays(hub, tmp_path):
 
 def test_every_model_of_a_command_is_fetched(hub):
     words = "--pretrain lab/model --reward_pretrain lab/model,lab/model --critic_pretrain lab/model --prompt_data "
-    found = fetched(config(PPOConfig, [*words.split(), "lab/rows", "--use_ms"]))
+    process = ["--prm_pretrain", "lab/model", "--prm_placeholder_token", "x", "--prm_reward_tokens", "+", "-"]
+    found = fetched(config(PPOConfig, [*words.split(), "lab/rows", "--use_ms", *process]))
     folder = str(hub / "models/lab/model")
     assert (found.model.pretrain, found.model.critic_pretrain) == (folder, folder)
     assert found.model.reward_pretrain == f"{folder},{folder}"
+    assert found.reward.prm_pretrain == folder
     assert found.prompts.prompt_data == str(hub / "datasets/lab/rows")
 
 

@@ -17,9 +17,7 @@ from openrlhf.strategy.deepspeed_config import train_config
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain", "rm"]
-ASKED = {
-    "ring_attn_size": ["2"],
-}
+ASKED = {}
 
 
 COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, RayPPOConfig)
@@ -72,14 +70,6 @@ def test_help_shows_the_status_of_a_flag(config_class, capsys):
 
 def test_a_flag_without_a_note_simply_works():
     assert status("learning_rate", flag_table(SFTConfig)) == ""
-
-
-@pytest.mark.parametrize(("name", "words"), [("ring_attn_size", "2")])
-def test_what_ppo_cannot_do_yet_works_in_supervised_commands(name, words, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    parse(SFTConfig, [*SFT, f"--{name}", *words.split()], "train_sft")
-    assert capsys.readouterr().err == "" and "Not yet" not in status(name, flag_table(SFTConfig))
-    assert "Not yet" in status(name, flag_table(RayPPOConfig))
 
 
 @pytest.mark.parametrize(("ranks", "fits"), [("1", False), ("2", True), ("3", False), ("4", True)])

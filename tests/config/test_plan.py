@@ -86,6 +86,14 @@ def test_reward_models_and_a_reward_file_are_both_named(tmp_path):
     assert f"reward: a + b + {tmp_path / 'reward.py'}" in text
 
 
+def test_rewards_of_steps_and_texts_are_planned_too():
+    words = [*PPO[:4], "--prm_pretrain", "p", "--prm_placeholder_token", "x", "--prm_reward_tokens", "+", "-"]
+    text = plan(RayPPOConfig, [*words, "--pretrain_data", "t", "--ptx_coef", "0.2"], 1)
+    assert "reward: of steps alone\n  process reward: p at every x\n" in text
+    assert "beside it: 128 texts of t in every optimizer step, times 0.2" in text
+    assert "texts" not in plan(RayPPOConfig, PPO, 1)
+
+
 def test_an_estimator_without_a_critic_says_so():
     assert "reinforce, no critic" in plan(RayPPOConfig, [*PPO, "--advantage_estimator", "reinforce"], 1)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from openrlhf.config.groups import LoRAConfig
+from openrlhf.config.groups import AttentionConfig, LoRAConfig
 from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
@@ -190,3 +190,11 @@ def test_the_description_names_every_role_and_its_size():
 def test_planning_imports_neither_ray_nor_torch():
     code = "import sys, openrlhf.ray.placement; sys.exit(any(name in sys.modules for name in ('ray', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_role_must_be_dealt_to_rings():
+    config = replace(config_with(critic_num_gpus_per_node=3), attention=AttentionConfig(ring_attn_size=2))
+    with pytest.raises(UsageError, match="--ring_attn_size 2: the 3 ranks of the critic") as caught:
+        Placement.from_config(config)
+    assert len(caught.value.problems) == 1
+    assert Placement.from_config(replace(config, placement=TWO_EACH)).role("critic").workers == 2

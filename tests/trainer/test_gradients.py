@@ -10,7 +10,6 @@ import pytest
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
 from tests.trainer.gradient_programs import LOSSES, differences, every_case, ring_cases
-from tests.trainer.gradient_programs import RINGS as SHARED
 from tests.trainer.ppo.harness import tiny_reward_model
 
 TOLERANCE = 1e-5
@@ -48,6 +47,9 @@ RINGS = [
     ["kto", True, 1, 4],
     ["kd", True, 3, 1],
     ["prm", True, 2, 2],
+    ["ptx", True, 2, 2],
+    ["gspo", True, 3, 1],
+    ["value", True, 3, 2],
 ]
 
 
@@ -99,8 +101,7 @@ def test_every_stage_and_micro_batch_gives_the_gradient_of_plain_torch_in_a_ring
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("ranks", "ring"), [(2, 1), (2, 2), (4, 2)])
 def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_rings(tmp_path, ranks, ring):
-    losses = LOSSES if ring == 1 else SHARED
-    cases = [[loss, True, stage, 1] for loss in losses for stage in (2, 3)]
+    cases = [[loss, True, stage, 1] for loss in LOSSES for stage in (2, 3)]
     for budget in (1, 20, 1000):
         check(tmp_path, ranks, cases, ring=ring, budget=budget)
 

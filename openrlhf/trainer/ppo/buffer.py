@@ -80,23 +80,26 @@ class ExperienceBuffer:
         batch: ``train_batch_size`` rows of one optimizer step over all ranks, ``micro_train_batch_size`` rows or
             ``max_tokens_per_gpu`` tokens of one forward on one rank, and the run's ``seed``.
         rollout: number of the rollout, which together with the seed fixes the order.
+        ring: so many neighbouring ranks have the same shards, and are one here.
     """
 
-    def __init__(self, experiences: list[Experience], comm: Comm, batch: BatchConfig, rollout: int):
+    def __init__(self, experiences: list[Experience], comm: Comm, batch: BatchConfig, rollout: int, ring: int = 1):
         self.data = concatenate(experiences) if any(len(part) for part in experiences) else None
-        self.comm = comm
-        self.micro_batch_size, self.max_tokens = batch.micro_train_batch_size, batch.max_tokens_per_gpu
+        self.comm, self._ring = comm, ring
+        budget = batch.max_tokens_per_gpu
+        self.micro_batch_size, self.max_tokens = batch.micro_train_batch_size, budget and budget * ring
         self.seed = batch.seed
         self.rollout = rollout
         self.rows = len(self.data) if self.data is not None else 0
-        self.steps = max(1, math.ceil(round(comm.all_reduce(float(self.rows))) / batch.train_batch_size))
+        rows = round(comm.all_reduce(float(self.rows))) // ring
+        self.steps = max(1, math.ceil(rows / batch.train_batch_size))
 
     def epoch(self, number: int) -> Iterator[list[Experience]]:
         """Yield the micro-batches of each optimizer step of pass ``number``."""
         generator = torch.Generator().manual_seed(shuffle_seed(self.seed, self.rollout, number))
         order = torch.randperm(self.rows, generator=generator).tolist()
         for step in range(self.steps):
-            turn = (step + self.comm.rank) % self.steps
+            turn = (step + self.comm.rank // self._ring) % self.steps
             yield self._micro_batches(order[turn * self.rows // self.steps : (turn + 1) * self.rows // self.steps])
 
     def _micro_batches(self, rows: list[int]) -> list[Experience]:

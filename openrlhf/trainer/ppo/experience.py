@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
-from openrlhf.datasets.sampler import deal_evenly
 from openrlhf.errors import NumericError
 from openrlhf.ops.kl import AdaptiveKLController, FixedKLController
 from openrlhf.rollout.reward_result import RewardResult, RewardSource
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, SequenceBatch
 from openrlhf.strategy.comm import Comm, SoloComm
 from openrlhf.trainer.ppo.assembly import add_statistics, explained_variance, shape_scores, whitening
-from openrlhf.trainer.ppo.buffer import blank_sequences
 from openrlhf.trainer.ppo.checks import check_rollout, name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup, deal
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, Steps, sums_of
+from openrlhf.trainer.ppo.shards import joined, rows_joined, rows_split_like, shard, split_like
 from openrlhf.trainer.ppo.together import score_together
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
@@ -130,28 +129,6 @@ def build_kl_controller(config: PPOConfig) -> FixedKLController | AdaptiveKLCont
     return AdaptiveKLController(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
 
 
-def shard(rollouts: Sequence[Rollout], parts: int, pad_id: int, by_tokens: bool = False) -> list[SequenceBatch]:
-    """Return the rollouts as ``parts`` batches, each padded to its own longest; some may have no rows.
-
-    ``sample`` of a batch says which rollouts it has: consecutive ones, or with ``by_tokens`` those that give all
-    batches like many tokens.
-    """
-    if by_tokens:
-        lengths = {sample: len(rollout.token_ids) for sample, rollout in enumerate(rollouts)}
-        longest_first = dict(sorted(lengths.items(), key=lambda item: -item[1]))
-        dealt = [sorted(part) for part in deal_evenly(longest_first, parts, math.ceil(len(rollouts) / parts))]
-    else:
-        dealt = deal(range(len(rollouts)), parts)
-    return [_batch_of(rollouts, samples, pad_id) for samples in dealt]
-
-
-def _batch_of(rollouts: Sequence[Rollout], samples: Sequence[int], pad_id: int) -> SequenceBatch:
-    if not samples:
-        return blank_sequences().select([])
-    batch = SequenceBatch.from_rollouts([rollouts[sample] for sample in samples], pad_id)
-    return replace(batch, sample=torch.tensor(samples))
-
-
 class PolicyEngine:
     """A :class:`~openrlhf.rollout.engine.RolloutEngine` and weight sync in one: the policy group samples by itself."""
 
@@ -231,8 +208,8 @@ class ExperienceMaker:
         algorithm, kl_coef = self.config.algorithm, self.kl_controller.value
         experiences = roles.policy.map(
             PolicyWorker.assemble,
-            shards, log_probs, reference, values, _split_like(shards, scores), _split_like(shards, shaped),
-            *([] if rated.steps is None else [[[rated.steps[row] for row in part.sample] for part in shards]]),
+            shards, log_probs, reference, values, split_like(shards, scores), split_like(shards, shaped),
+            *([] if rated.steps is None else [rows_split_like(shards, rated.steps)]),
             kl_coef=0.0 if algorithm.use_kl_loss else kl_coef,
         )  # fmt: skip
         statistics = add_statistics(roles.policy.get(roles.policy.run(PolicyWorker.statistics, experiences)))
@@ -267,7 +244,7 @@ class ExperienceMaker:
         models, process = self._ask_models(shards), self.roles.process
         judged = process.map(ProcessRewardWorker.score, shards) if process else []
         function = self._ask(self.reward_function, rollouts)
-        steps = _in_order(shards, process.get(judged)) if process else None
+        steps = rows_joined(shards, process.get(judged)) if process else None
         scores = self._add_up(rollouts, shards, models, function, steps)
         return Rated(rollouts, scores, function.extra if function else {}, steps)
 
@@ -314,7 +291,7 @@ class ExperienceMaker:
         """
         weights, _ = self.config.reward_weights
         columns = [
-            weight * _joined(shards, group.get(futures)).double()
+            weight * joined(shards, group.get(futures)).double()
             for weight, (group, futures) in zip(weights, models, strict=True)
         ]
         if function is not None:
@@ -401,23 +378,3 @@ def _of_functions(rated: Rated, true: RewardResult | None) -> dict[str, float]:
     """Return the means of what a reward function gives beside its rewards, and of the true score."""
     true_score = {"true_score": true.rewards} if true else {}
     return {name: sum(values) / len(values) for name, values in {**rated.extra, **true_score}.items()}
-
-
-def _split_like(shards: list[SequenceBatch], column: Tensor) -> list[Tensor]:
-    """Return the entries of ``column`` ``(N,)`` that belong to the rollouts of each shard."""
-    return [column[part.sample] for part in shards]
-
-
-def _in_order(shards: list[SequenceBatch], columns: list[Steps]) -> Steps:
-    """Return the rows of ``columns``, which holds what belongs to each shard, in the order of the rollouts."""
-    numbered = {
-        sample: row
-        for part, rows in zip(shards, columns, strict=True)
-        for sample, row in zip(part.sample.tolist(), rows, strict=True)
-    }
-    return [numbered[sample] for sample in range(len(numbered))]
-
-
-def _joined(shards: list[SequenceBatch], columns: list[Tensor]) -> Tensor:
-    """Return ``(N,)`` in the order of the rollouts, of which ``columns`` holds what belongs to each shard."""
-    return torch.cat(columns)[torch.cat([part.sample for part in shards]).argsort()]

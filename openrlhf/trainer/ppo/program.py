@@ -61,8 +61,11 @@ class Inputs:
         )
         for path in config.model.reward_models:
             check_vocabulary(path, self.tokenizer, config.model, "--reward_pretrain")
+        others = {"--critic_pretrain": config.model.critic_pretrain, "--prm_pretrain": config.reward.prm_pretrain}
+        for flag, path in others.items():
+            if path and path != config.model.pretrain:
+                check_vocabulary(path, self.tokenizer, config.model, flag)
         if config.reward.prm_pretrain:
-            check_vocabulary(config.reward.prm_pretrain, self.tokenizer, config.model, "--prm_pretrain")
             step_tokens(config, self.tokenizer)
         eval_file = config.evaluation.eval_reward_func
         self.reward_function = reward_source(config)

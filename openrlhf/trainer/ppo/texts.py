@@ -84,7 +84,7 @@ class PretrainTexts:
     """
 
     def __init__(self, config: PPOConfig, strategy: DeepSpeedStrategy, rows: SFTDataset):
-        batch = config.batch
+        batch, budget = config.batch, config.batch.max_tokens_per_gpu
         self._strategy, self._rows, self._coef = strategy, rows, config.algorithm.ptx_coef
         self._allow_change = config.checkpoint.allow_config_change
         self._sampler = StepSampler(
@@ -92,11 +92,13 @@ class PretrainTexts:
             batch.train_batch_size,
             batch.micro_train_batch_size,
             batch.seed,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=strategy.data_parallel_rank,
+            world_size=strategy.data_parallel_size,
             lengths=rows.lengths,
-            max_tokens=batch.max_tokens_per_gpu,
+            max_tokens=budget and budget * strategy.ring.size,
         )
+        # The ranks of a ring compute the same numbers.
+        self._counts = strategy.ring.rank == 0
         self._steps = 0
         self._coming = self._from(0)
         self._read: list[list[int]] = []
@@ -112,14 +114,15 @@ class PretrainTexts:
         batches = [self._rows.collate([self._rows[row] for row in rows]) for rows in self._read]
         mine = [float(batch.loss_mask.sum()) for batch in batches]
         filled = float(sum(map(bool, self._read)))
-        counts = torch.tensor([sum(mine), filled], dtype=torch.float64, device=self._strategy.device)
+        counts = torch.tensor([sum(mine), filled], dtype=torch.float64, device=self._strategy.device) * self._counts
         tokens, micros = self._strategy.comm.all_reduce(counts).tolist()
+        aux_weight = tokens / micros / self._strategy.ring.size
         sums, self._losses = MetricSums(), []
         for rows, batch in zip(self._read, batches, strict=True):
-            loss, metrics = self._loss(engine, batch.to(self._strategy.device), tokens / micros)
+            loss, metrics = self._loss(engine, batch.to(self._strategy.device), aux_weight)
             engine.backward(loss * self._coef if rows else loss * 0.0, tokens)
             self._losses.append(loss.detach())
-            sums.add(metrics, counted=bool(rows))
+            sums.add(metrics, counted=self._counts and bool(rows))
         return sums
 
     def _loss(
@@ -134,7 +137,7 @@ class PretrainTexts:
         """Raise NumericError that names the texts whose loss is not finite, if it was them that made a step fail."""
         pairs = zip(self._read, self._losses, strict=True)
         spoilt = [row for rows, loss in pairs if not torch.isfinite(loss) for row in rows]
-        found = sorted(row for rows in self._strategy.comm.all_gather_object(spoilt) for row in rows)
+        found = sorted({row for rows in self._strategy.comm.all_gather_object(spoilt) for row in rows})
         if found:
             raise NumericError(f"{error}; the loss is not finite on rows {found} of {FLAG}", error.rows) from error
 

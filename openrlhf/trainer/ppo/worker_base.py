@@ -30,7 +30,7 @@ from openrlhf.strategy.room import checkpoint_bytes
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.loop import StepOutput
 from openrlhf.trainer.metrics import MetricSums
-from openrlhf.trainer.ppo.buffer import ExperienceBuffer, blank_sequences, cut
+from openrlhf.trainer.ppo.buffer import Batch, ExperienceBuffer, blank_sequences, cut
 from openrlhf.trainer.profiling import Recorder
 
 Means = dict[str, float]
@@ -66,11 +66,13 @@ class Worker:
 
         All ranks call ``compute`` equally often, because the layers of a sharded model are gathered together.
         """
+        ring, own = self.strategy.ring, len(batches)
+        batches = self._of_ring(batches)
         size, budget = self.config.rollout.micro_rollout_batch_size, self.config.scoring_budget
         pieces = [
             (index, rows)
             for index, batch in enumerate(batches)
-            for rows in cut(batch, list(range(len(batch))), size, budget)
+            for rows in cut(batch, list(range(len(batch))), size, budget and budget * ring.size)
         ]
         # Agreed on before the first: while one rank asked, another would wait for it in a forward.
         idle = round(self.comm.all_reduce(float(len(pieces)), op="max")) - len(pieces)
@@ -82,7 +84,18 @@ class Worker:
             order[index] += rows
         for _ in range(idle):
             compute(blank_sequences().to(self.strategy.device))
-        return [_in_order(parts, rows) for parts, rows in zip(outputs, order, strict=True)]
+        found = [_in_order(parts, rows) for parts, rows in zip(outputs, order, strict=True)]
+        return found[ring.rank * own : (ring.rank + 1) * own]
+
+    def _of_ring(self, shards: list[Batch]) -> list[Batch]:
+        """Return the shards of all ranks of the ring, which compute on them together; alone, those of this rank."""
+        with self.comm.waiting("sharing the samples of a ring"):
+            return self.strategy.ring.gather(shards)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether this rank speaks for its ring, whose ranks compute the same numbers."""
+        return self.strategy.ring.rank == 0
 
 
 def _in_order(parts: list[Tensor], rows: list[int]) -> Tensor:
@@ -164,10 +177,10 @@ class TrainedWorker(Worker):
             whiten: mean and 1 / standard deviation of the advantages over all ranks, or None to take them as they are.
         """
         with self._at_work():
-            return self._update(experiences, rollout, whiten)
+            return self._update(self._of_ring(experiences), rollout, whiten)
 
     def _update(self, experiences: list[Experience], rollout: int, whiten: tuple[float, float] | None) -> Means:
-        buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout)
+        buffer = ExperienceBuffer(experiences, self.comm, self.config.batch, rollout, self.strategy.ring.size)
         sums, norms, lr, skipped = MetricSums(), [], self.engine.lr, self.guard.skipped
         self.engine.train()
         for epoch in range(self.config.batch.max_epochs):
@@ -196,19 +209,21 @@ class TrainedWorker(Worker):
         """
         share = float(sum(int(weight(micro.action_mask, self.reduction)) for micro in micro_batches))
         filled = float(sum(bool((micro.sample >= 0).any()) for micro in micro_batches))
-        counts = torch.tensor([share, filled], dtype=torch.float64, device=self.strategy.device)
+        counts = torch.tensor([share, filled], dtype=torch.float64, device=self.strategy.device) * self._counts
         whole, micros = self.comm.all_reduce(counts).tolist()
         if not whole:
             return None
+        # Of an auxiliary loss each rank of a ring has that of its own tokens.
+        aux_weight = whole / micros / self.strategy.ring.size
         losses, metrics = [], MetricSums()
         for micro in micro_batches:
-            loss, found = self._whole_loss(micro, whiten, whole / micros)
-            metrics.add(found)
+            loss, found = self._whole_loss(micro, whiten, aux_weight)
+            metrics.add(found, counted=self._counts)
             self.engine.backward(loss, whole)
             losses.append(loss.detach())
         metrics.join(self.learn_beside())
         samples = [[sample for sample in micro.sample.tolist() if sample >= 0] for micro in micro_batches]
-        again = [lambda micro=micro: self._whole_loss(micro, whiten, whole / micros)[0] for micro in micro_batches]
+        again = [lambda micro=micro: self._whole_loss(micro, whiten, aux_weight)[0] for micro in micro_batches]
         try:
             result = self.guard.step(name, samples, losses, again)
         except NumericError as error:

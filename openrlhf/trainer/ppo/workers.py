@@ -43,6 +43,8 @@ class PolicyWorker(TrainedWorker):
         super().__init__(config, strategy)
         self.actor = load_actor(config, strategy)
         self.engine = strategy.prepare_train(self.actor, config.optim.actor, max_steps)
+        if strategy.ring.size > 1:
+            self.actor.verify()  # together: later a rank alone may be the first to generate
         self.rest()
         self.objective = PolicyObjective(config)
         self._kl_coef = 0.0

@@ -11,8 +11,8 @@ import torch
 from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
 from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
-from openrlhf.trainer.ppo.experience import shard
 from openrlhf.trainer.ppo.groups import LocalGroup, deal
+from openrlhf.trainer.ppo.shards import shard
 from tests.helpers import tiny_tokenizer
 from tests.trainer.ppo.harness import (
     local_loop,
@@ -84,7 +84,7 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
     assert true_scores is None
     loop.maker.config = replace(loop.config, reward=replace(reward, reward_weights="1,-3,1"))
     weighted = [-2 * value + number for number, value in enumerate(single, start=1)]
-    assert loop.maker.score(rollouts)[0] == pytest.approx(weighted, abs=1e-5)
+    assert loop.maker.rate(rollouts).scores.tolist() == pytest.approx(weighted, abs=1e-5)
 
 
 def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
@@ -94,7 +94,7 @@ def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
     config = replace(with_algorithm(config, init_kl_coef=0.0), model=model, reward=reward)
     loop, _ = local_loop(config)
     rollouts = generated(loop, count=6)
-    expected, _ = loop.maker.score(rollouts)
+    expected = loop.maker.rate(rollouts).scores.tolist()
     cut, _ = local_loop(with_batch(config, use_dynamic_batch=True, train_max_tokens_per_gpu=30))
     cut.maker.roles = replace(cut.roles, policy=ThreeShards(cut.roles.policy.worker))
     made = cut.maker.make(rollouts)
@@ -158,8 +158,9 @@ def spoil(model: torch.nn.Module, value: float) -> None:
         ("policy", float("nan"), "log_probs and kl", (0, 1, 2, 3)),
         ("policy", float("inf"), "log_probs and kl", (0, 1, 2, 3)),
         ("reference", float("nan"), "kl and advantages", (0, 1, 2, 3)),
-        ("critic", float("nan"), "advantages and returns", (1, 3)),
-        ("critic", float("inf"), "advantages and returns", (1, 3)),
+        # The prompt of 2 begins like that of 1, with which it is computed.
+        ("critic", float("nan"), "advantages and returns", (1, 2, 3)),
+        ("critic", float("inf"), "advantages and returns", (1, 2, 3)),
     ],
 )
 def test_a_model_that_gives_no_number_stops_the_rollout_and_names_the_prompts(tmp_path, role, value, what, samples):
@@ -261,14 +262,14 @@ def test_fewer_rollouts_than_shards_leave_some_empty(tmp_path):
     assert loop.update(made)["policy_loss"] == pytest.approx(0.0, abs=1.0)
 
 
-def test_a_reward_model_gives_no_scores_for_a_shard_without_rows(tmp_path):
+def test_a_reward_model_may_get_a_shard_without_answers(tmp_path):
     config = tiny_ppo_config(tmp_path)
     model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
     loop, _ = local_loop(replace(config, model=model, reward=RewardConfig()))
     rollouts = generated(loop, count=2)
-    expected, _ = loop.maker.score(rollouts)
-    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
-    assert loop.maker.score(rollouts)[0] == pytest.approx(expected, abs=1e-5)
+    scores = loop.maker.rate(rollouts).scores.tolist()
+    loop.maker.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
+    assert loop.maker.make(rollouts).scores == pytest.approx(scores, abs=1e-5)
 
 
 def test_without_a_kl_penalty_there_is_no_reference(tmp_path):

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from openrlhf.config.arguments import parse
-from openrlhf.config.ppo import PPOConfig, RewardConfig
+from openrlhf.config.ppo import RayPPOConfig, RewardConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
-from openrlhf.trainer.ppo.experience import Rated, shard
+from openrlhf.trainer.ppo.experience import Rated
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
+from openrlhf.trainer.ppo.shards import shard
 from tests.helpers import tiny_folder
 from tests.trainer.ppo.harness import (
     local_loop,
@@ -160,17 +161,17 @@ TOKENS = ["--prm_placeholder_token", "e", "--prm_reward_tokens", "+", "-"]
 )
 def test_what_a_process_reward_model_needs_is_said(words, problem):
     with pytest.raises(UsageError) as caught:
-        parse(PPOConfig, [*COMMAND, *words], "train_ppo_ray")
+        parse(RayPPOConfig, [*COMMAND, *words], "train_ppo_ray")
     assert len(caught.value.problems) == 1 and problem in caught.value.problems[0]
 
 
 def test_a_process_reward_model_is_reward_enough_and_placed_as_one():
     words = [*COMMAND, *TOKENS, "--reward_num_gpus_per_node", "2", "--actor_num_gpus_per_node", "1"]
-    placement = Placement.from_config(parse(PPOConfig, words, "train_ppo_ray")[0])
+    placement = Placement.from_config(parse(RayPPOConfig, words, "train_ppo_ray")[0])
     assert placement.role("prm").workers == 2 and placement.rewards == ()
     critic = ["--colocate_critic_reward", "--critic_num_gpus_per_node", "1"]
     with pytest.raises(UsageError, match="must equal --reward_num_nodes 1 --reward_num_gpus_per_node 2"):
-        Placement.from_config(parse(PPOConfig, [*words, *critic], "train_ppo_ray")[0])
+        Placement.from_config(parse(RayPPOConfig, [*words, *critic], "train_ppo_ray")[0])
 
 
 @pytest.mark.parametrize(("placeholder", "problem"), [("<|im_end|>", "ends an answer"), ("e e", "tokens")])

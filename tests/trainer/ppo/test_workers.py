@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from openrlhf.config.ppo import PPOModelConfig, RewardConfig
 from openrlhf.errors import DataError
 from openrlhf.rollout.types import SequenceBatch
-from openrlhf.trainer.ppo.experience import shard
+from openrlhf.trainer.ppo.shards import shard
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from tests.helpers import tiny_causal_lm
 from tests.trainer.ppo.harness import (
@@ -258,6 +258,27 @@ def test_a_reward_model_with_another_vocabulary_is_refused(tmp_path):
     config = tiny_ppo_config(tmp_path)
     with pytest.raises(DataError, match="one tokenizer"):
         RewardWorker(config, solo_strategy(config), path=path)
+
+
+def test_the_critic_starts_from_the_policy_with_a_fresh_head(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae")
+    assert config.critic_source == config.model.pretrain
+    strategy = solo_strategy(config)
+    policy, critic = (worker(config, strategy, max_steps=1) for worker in (PolicyWorker, CriticWorker))
+    theirs = dict(policy.actor.model.model.named_parameters())
+    for name, weight in critic.critic.backbone.named_parameters():
+        assert torch.equal(weight, theirs[name]), name
+    head = critic.critic.head.weight
+    assert head.shape == (1, policy.actor.config.hidden_size) and 0 < float(head.detach().abs().max()) < 0.1
+
+
+def test_a_named_critic_goes_before_the_reward_model(tmp_path):
+    config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae")
+    named, other = (tiny_reward_model(tmp_path / name, mean=mean) for name, mean in (("critic", 1.0), ("rm", 2.0)))
+    model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=other, critic_pretrain=named)
+    config = replace(config, model=model, reward=RewardConfig())
+    critic = CriticWorker(config, solo_strategy(config), max_steps=1)
+    assert config.critic_source == named and critic.critic.config.mean == 1.0
 
 
 def test_the_critic_starts_from_the_reward_model_with_its_head(tmp_path):
