@@ -17,7 +17,7 @@ python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm")
   echo "note: no vLLM for this Python and system; the policy generates itself"
 }
 
-stage reward_model deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_rm \
+stage reward_model deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_rm \
   --pretrain "$out/sft" \
   --dataset "$out/task/pairs_train.jsonl" \
   --eval_dataset "$out/task/pairs_eval.jsonl" \

@@ -16,6 +16,8 @@ mkdir -p "$out"
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
 ranks=2
 [ "$gpus" = 1 ] && ranks=1
+# A port of its own, so that two of these may run at once.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 # stage NAME COMMAND...: run once; the marker holds the seconds that it took.
 stage() {
@@ -34,7 +36,7 @@ stage() {
 # shellcheck disable=SC2086
 stage task python "$here/quickstart_task.py" "$out/task" --seed "$seed" ${TASK_FLAGS:-}
 
-stage sft deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_sft \
+stage sft deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_sft \
   --pretrain "$out/task/model" \
   --dataset "$out/task/sft_train.jsonl" \
   --eval_dataset "$out/task/sft_eval.jsonl" \

@@ -4,11 +4,12 @@
 # DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (question, answer), gsm8k_preference_train.jsonl and
 # gsm8k_preference_test.jsonl (prompt, chosen, rejected), gsm8k_unpaired_train.jsonl and gsm8k_unpaired_test.jsonl
 # (prompt, completion, label). SEED=n sets the seed; STAGES="sft rm ppo dpo kto" picks stages (by default the first
-# three); ROWS=n takes the first n rows for DPO and KTO, EPOCHS=n goes over them n times.
+# three). For DPO and KTO ROWS=n takes the first n rows, EPOCHS=n goes over them n times, EVAL_STEPS=n evaluates every n
+# steps.
 set -euo pipefail
 
 [ $# = 3 ] || {
-  sed -n '2,7s/^# //p' "$0" >&2
+  sed -n '2,8s/^# //p' "$0" >&2
   exit 2
 }
 model=$1 data=$2 out=$3
@@ -54,46 +55,52 @@ mkdir -p "$out"
   --ckpt_path "$out/rm_ckpt" \
   --save_path "$out/rm"
 
-[[ $stages == *" dpo "* ]] && python -m openrlhf.cli.train_dpo \
-  --pretrain "$out/sft" \
-  --dataset "$data/gsm8k_preference_train.jsonl" \
-  --max_samples "${ROWS:-100000000}" \
-  --eval_dataset "$data/gsm8k_preference_test.jsonl" \
-  --prompt_key prompt \
-  --apply_chat_template \
-  --max_len 512 \
-  --max_epochs "${EPOCHS:-1}" \
-  --beta 0.1 \
-  --precompute_ref_log_probs \
-  --train_batch_size 32 \
-  --micro_train_batch_size 8 \
-  --learning_rate 2e-4 \
-  --bf16 \
-  --zero_stage 0 \
-  --seed "$seed" \
-  --ckpt_path "$out/dpo_ckpt" \
-  --save_path "$out/dpo"
+if [[ $stages == *" dpo "* ]]; then
+  head -n "${ROWS:-100000}" "$data/gsm8k_preference_train.jsonl" >"$out/pairs_train.jsonl"
+  python -m openrlhf.cli.train_dpo \
+    --pretrain "$out/sft" \
+    --dataset "$out/pairs_train.jsonl" \
+    --eval_dataset "$data/gsm8k_preference_test.jsonl" \
+    --prompt_key prompt \
+    --apply_chat_template \
+    --max_len 512 \
+    --max_epochs "${EPOCHS:-1}" \
+    --eval_steps "${EVAL_STEPS:--1}" \
+    --beta 0.1 \
+    --precompute_ref_log_probs \
+    --train_batch_size 16 \
+    --micro_train_batch_size 8 \
+    --learning_rate 2e-4 \
+    --bf16 \
+    --zero_stage 0 \
+    --seed "$seed" \
+    --ckpt_path "$out/dpo_ckpt" \
+    --save_path "$out/dpo"
+fi
 
-[[ $stages == *" kto "* ]] && python -m openrlhf.cli.train_kto \
-  --pretrain "$out/sft" \
-  --dataset "$data/gsm8k_unpaired_train.jsonl" \
-  --max_samples "${ROWS:-100000000}" \
-  --eval_dataset "$data/gsm8k_unpaired_test.jsonl" \
-  --input_key prompt \
-  --output_key completion \
-  --label_key label \
-  --apply_chat_template \
-  --max_len 512 \
-  --max_epochs "${EPOCHS:-1}" \
-  --beta 0.1 \
-  --train_batch_size 64 \
-  --micro_train_batch_size 16 \
-  --learning_rate 2e-4 \
-  --bf16 \
-  --zero_stage 0 \
-  --seed "$seed" \
-  --ckpt_path "$out/kto_ckpt" \
-  --save_path "$out/kto"
+if [[ $stages == *" kto "* ]]; then
+  head -n "${ROWS:-100000}" "$data/gsm8k_unpaired_train.jsonl" >"$out/answers_train.jsonl"
+  python -m openrlhf.cli.train_kto \
+    --pretrain "$out/sft" \
+    --dataset "$out/answers_train.jsonl" \
+    --eval_dataset "$data/gsm8k_unpaired_test.jsonl" \
+    --input_key prompt \
+    --output_key completion \
+    --label_key label \
+    --apply_chat_template \
+    --max_len 512 \
+    --max_epochs "${EPOCHS:-1}" \
+    --eval_steps "${EVAL_STEPS:--1}" \
+    --beta 0.1 \
+    --train_batch_size 32 \
+    --micro_train_batch_size 16 \
+    --learning_rate 2e-4 \
+    --bf16 \
+    --zero_stage 0 \
+    --seed "$seed" \
+    --ckpt_path "$out/kto_ckpt" \
+    --save_path "$out/kto"
+fi
 
 # The preference data asks questions of GSM8K's test split, so the prompts come from the training split: the last 500
 # rows are held out.
