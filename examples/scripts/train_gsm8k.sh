@@ -78,6 +78,8 @@ if [[ $stages == *" dpo "* ]]; then
     --save_path "$out/dpo"
 fi
 
+# Of ten answers four are desirable; the weight makes the two kinds even. Without it, and at twice the rate, the policy
+# first learns to make every answer less likely, and the loss is flat there.
 if [[ $stages == *" kto "* ]]; then
   head -n "${ROWS:-100000}" "$data/gsm8k_unpaired_train.jsonl" >"$out/answers_train.jsonl"
   python -m openrlhf.cli.train_kto \
@@ -92,9 +94,11 @@ if [[ $stages == *" kto "* ]]; then
     --max_epochs "${EPOCHS:-1}" \
     --eval_steps "${EVAL_STEPS:--1}" \
     --beta 0.1 \
+    --desirable_loss_weight 1.6 \
     --train_batch_size 32 \
     --micro_train_batch_size 16 \
-    --learning_rate 2e-4 \
+    --learning_rate 1e-4 \
+    --lr_warmup_ratio 0.1 \
     --bf16 \
     --zero_stage 0 \
     --seed "$seed" \
