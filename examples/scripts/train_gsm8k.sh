@@ -78,7 +78,7 @@ if [[ $stages == *" dpo "* ]]; then
     --save_path "$out/dpo"
 fi
 
-# Of ten answers four are desirable; the weight makes the two kinds even. Without it, and at twice the rate, the policy
+# Of ten answers four are desirable; the weight makes the two kinds even. Without it, and at the rate of DPO, the policy
 # first learns to make every answer less likely, and the loss is flat there.
 if [[ $stages == *" kto "* ]]; then
   head -n "${ROWS:-100000}" "$data/gsm8k_unpaired_train.jsonl" >"$out/answers_train.jsonl"
@@ -95,9 +95,9 @@ if [[ $stages == *" kto "* ]]; then
     --eval_steps "${EVAL_STEPS:--1}" \
     --beta 0.1 \
     --desirable_loss_weight 1.6 \
-    --train_batch_size 32 \
+    --train_batch_size 16 \
     --micro_train_batch_size 16 \
-    --learning_rate 1e-4 \
+    --learning_rate 7e-5 \
     --lr_warmup_ratio 0.1 \
     --bf16 \
     --zero_stage 0 \
