@@ -4,21 +4,11 @@
 # Stages that are finished are kept: started again, it goes on where it was, or shows the figures.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cd "$here/../.."
-seed=${SEED:-0}
-env_dir=${OPENRLHF_ENV:-$PWD/.venv}
-out=runs/quickstart/seed-$seed
-[ "${FRESH:-0}" = 1 ] && rm -rf "$out"
+# The environment, the task and the supervised policy: stages task and sft.
+source "$(dirname "${BASH_SOURCE[0]}")/quickstart_common.sh" quickstart
 
-bash "$here/setup_env.sh" "$env_dir"
-export PATH="$env_dir/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-mkdir -p "$out"
-
-# On a GPU machine the ranks and the models share what is there; elsewhere two ranks share the cores.
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
-ranks=2 placement=()
-[ "$gpus" = 1 ] && ranks=1
+# On a few GPUs the models of PPO share them.
+placement=()
 [ "$gpus" -ge 1 ] && [ "$gpus" -le 4 ] && placement=(--colocate_all_models --vllm_gpu_memory_utilization 0.3)
 
 engines=1
@@ -27,43 +17,7 @@ python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm")
   echo "note: no vLLM for this Python and system; the policy generates itself"
 }
 
-# stage NAME COMMAND...: run once; the marker holds the seconds that it took.
-stage() {
-  local name=$1 start=$SECONDS
-  shift
-  if [ -f "$out/$name.done" ]; then
-    echo "== $name: done before"
-    return
-  fi
-  echo "== $name"
-  "$@"
-  echo $((SECONDS - start)) >"$out/$name.done"
-}
-
-stage task python "$here/quickstart_task.py" "$out/task" --seed "$seed"
-
-stage sft deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_sft \
-  --pretrain "$out/task/model" \
-  --dataset "$out/task/sft_train.jsonl" \
-  --eval_dataset "$out/task/sft_eval.jsonl" \
-  --input_key prompt \
-  --output_key answer \
-  --apply_chat_template \
-  --max_len 64 \
-  --max_epochs 4 \
-  --train_batch_size 64 \
-  --micro_train_batch_size 32 \
-  --learning_rate 3e-3 \
-  --lr_scheduler cosine \
-  --lr_warmup_ratio 0.03 \
-  --zero_stage 1 \
-  --eval_steps 80 \
-  --logging_steps 10 \
-  --seed "$seed" \
-  --ckpt_path "$out/sft_ckpt" \
-  --save_path "$out/sft"
-
-stage reward_model deepspeed --num_accelerators "$ranks" --module openrlhf.cli.train_rm \
+stage reward_model deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_rm \
   --pretrain "$out/sft" \
   --dataset "$out/task/pairs_train.jsonl" \
   --eval_dataset "$out/task/pairs_eval.jsonl" \
@@ -115,4 +69,4 @@ stage ppo python -m openrlhf.cli.train_ppo_ray \
   --ckpt_path "$out/ppo_ckpt" \
   --save_path "$out/ppo"
 
-python "$here/quickstart_result.py" "$out" --seed "$seed" --result runs/quickstart/result.json
+python "$here/quickstart_result.py" "$out" --seed "$seed" --result "$(dirname "$out")/result.json"

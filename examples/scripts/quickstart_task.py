@@ -195,7 +195,7 @@ def write_data(out: Path, seed: int, *, demonstrations: int, pairs: int, prompts
         write_rows(out / f"{name}_eval.jsonl", (row(letters) for letters in evaluation.values()), held_out)
 
 
-def write_model(out: Path, seed: int) -> None:
+def write_model(out: Path, seed: int, *, hidden: int = 128, layers: int = 2) -> None:
     """Write a small Qwen2 with random weights and a tokenizer that knows every letter as one token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -222,8 +222,9 @@ def write_model(out: Path, seed: int) -> None:
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=320, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32,
+        max_position_embeddings=512, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(out)
