@@ -40,8 +40,8 @@ class PreferenceRow:
 class PreferenceDataset(TokenisedRows):
     """Tokenised pairs. An answer longer than ``max_len`` is cut and still ends with eos.
 
-    Pairs with an empty answer, and pairs whose two sides are the same tokens, are left out and counted. Without a
-    prompt the tokens that both texts begin with are the prompt.
+    Pairs with an empty answer or prompt, and pairs whose two sides are the same tokens, are left out and counted.
+    Without a prompt the tokens that both texts begin with are the prompt.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
@@ -117,8 +117,11 @@ class PreferenceDataset(TokenisedRows):
         kept: list[tuple[int, float]] = []
         for number, row in batch:
             answers = row[self.cfg.chosen_key], row[self.cfg.rejected_key]
-            if any(map(is_blank, answers)):
-                self.dropped["empty answer"] += 1
+            empty = "answer" if any(map(is_blank, answers)) else None
+            if self.cfg.prompt_key and is_blank(row[self.cfg.prompt_key]):
+                empty = "prompt"
+            if empty:
+                self.dropped[f"empty {empty}"] += 1
                 continue
             texts += self._sides(row, *answers, self._where(number))
             kept.append((number, float(row.get("margin") or 0)))

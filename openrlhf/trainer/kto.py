@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -90,7 +91,8 @@ class KTOTrainer(Trainer):
             sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and bool(micro))
         self.engine.train()
         mean = sums.reduce(self.comm)["drift"].value
-        self.drift = torch.tensor(max(0.0, mean), device=self.strategy.device)
+        # What is not finite must reach the loss: the step then stops before the weights change.
+        self.drift = torch.tensor(max(0.0, mean) if math.isfinite(mean) else math.nan, device=self.strategy.device)
 
     def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
         """Return the loss over the answers, against the drift that was measured last."""

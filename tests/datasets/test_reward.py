@@ -88,6 +88,8 @@ def test_pairs_without_a_difference_and_empty_answers_are_dropped_and_counted(ch
         {"prompt": "a", "chosen": "x " * 90 + "1", "rejected": "x " * 90 + "2"},
         ROW | {"chosen": "  "},
         ROW | {"rejected": None},
+        ROW | {"prompt": None},
+        ROW | {"prompt": " \n"},
     ]
     dataset = PreferenceDataset(rows, chatml, config(max_len=64))
     assert len(dataset) == 1
@@ -95,6 +97,7 @@ def test_pairs_without_a_difference_and_empty_answers_are_dropped_and_counted(ch
         "chosen equals rejected": 1,
         "equal after the cut at --max_len 64": 2,
         "empty answer": 2,
+        "empty prompt": 2,
     }
 
 

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from openrlhf.config.supervised import UnpairedDataConfig
 from openrlhf.datasets.unpaired_preference import UnpairedPreferenceDataset
+from openrlhf.errors import NumericError
 from openrlhf.trainer.kto import KTOTrainer
 from tests.cli.supervised import pairs
 from tests.helpers import tiny_folder, tiny_tokenizer
@@ -95,3 +97,20 @@ def test_a_single_row_is_its_own_partner(folders, tmp_path):
     data, seen = answers(tmp_path, count=1, labels=(True,)), Recorder()
     kto(folders, data, micro=1, rows=1, callbacks=[seen]).fit()
     assert seen.steps[0]["kl"] == pytest.approx(drift(folders, data, [0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_drift_that_is_no_number_stops_before_the_weights_change(folders, tmp_path, value):
+    data, said = answers(tmp_path), reference_of(folders[1])
+
+    def reference(batch):
+        """Say nothing of the mismatched rows, which follow the others."""
+        found = said(batch)
+        found[len(found) // 2 :] = value
+        return found
+
+    trainer = trainer_of(KTOTrainer, folders[0], data, (), reference=reference, beta=BETA, rows=8)
+    before = [weight.clone() for weight in trainer.engine.module.parameters()]
+    with pytest.raises(NumericError, match="loss"):
+        trainer.fit()
+    assert all(map(torch.equal, before, trainer.engine.module.parameters()))
