@@ -1,14 +1,17 @@
 """Ours and TRL on the same work, in turn, and the ratio of the medians: a table, a picture, a JSON file.
 
-    python benchmarks/compare.py {sft,rm,dpo,kto,rloo} --model MODEL_DIR --data DATA_DIR --peer-python PYTHON --out DIR
+    python benchmarks/compare.py JOB --model MODEL_DIR --data DATA_DIR --peer-python PYTHON --out DIR
 
-MODEL_DIR is what ``model.py`` writes. DATA_DIR holds gsm8k_train.jsonl (question, answer), for ``rm`` and ``dpo``
-gsm8k_preference_train.jsonl (prompt, chosen, rejected), for ``kto`` gsm8k_unpaired_train.jsonl (prompt, completion,
-label). PYTHON belongs to the environment of the peer (see ``peer_trl.py``); ours is the one that runs this file. The
-programs run one after the other, ``--rounds`` times each: A B A B. Leave the machine alone meanwhile.
+JOB is sft, rm, dpo, kto, rloo, sort_grpo or sort_rloo. MODEL_DIR is what ``model.py`` writes. DATA_DIR holds
+gsm8k_train.jsonl (question, answer), for ``rm`` and ``dpo`` gsm8k_preference_train.jsonl (prompt, chosen, rejected),
+for ``kto`` gsm8k_unpaired_train.jsonl (prompt, completion, label). For ``sort_grpo`` and ``sort_rloo`` MODEL_DIR is
+the supervised policy of quickstart_estimators.sh and DATA_DIR its task: 20 rollouts of 32 prompts with 8 answers, two
+optimizer steps each, in fp32, one thread. PYTHON belongs to the environment of the peer (see ``peer_trl.py``); ours
+is the one that runs this file. The programs run one after the other, ``--rounds`` times each: A B A B. Leave the
+machine alone meanwhile.
 
-Both time training from the first step to the last, loading left out. Ours trains bf16 weights with an fp32 master
-copy, which is what ``--bf16`` does.
+Both time training from the first step to the last, loading left out. But for ``sort_*`` ours trains bf16 weights with
+an fp32 master copy, which is what ``--bf16`` does.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STEPS = {"sft": 20, "rm": 20, "dpo": 20, "kto": 20, "rloo": 4}
+SORT_PROMPTS, SORT_GROUPS, SORT_SAMPLES = 640, 32, 8
 ROWS, PROMPTS, SAMPLES, NEW_TOKENS = 8, 16, 4, 128
 PEERS = {
     "sft": {"TRL autocast": [], "TRL autocast, grouped by length": ["--group"]},
@@ -35,6 +39,8 @@ PEERS = {
     "dpo": {"TRL autocast": []},
     "kto": {"TRL autocast": []},
     "rloo": {"TRL autocast (GRPO, HF generate)": []},
+    "sort_grpo": {"TRL fp32": ["--precision", "fp32", "--threads", "1"]},
+    "sort_rloo": {"TRL fp32": ["--precision", "fp32", "--threads", "1"]},
 }
 OURS = "ours"
 REWARD = '''"""Reward: the length of the answer modulo 7, which costs nothing."""
@@ -110,12 +116,30 @@ def rloo_command(model: Path, data: Path, work: Path) -> list[str]:
     ]
 
 
+def sort_command(estimator: list[str], model: Path, data: Path, work: Path) -> list[str]:
+    """Return our single-node PPO with groups of answers, which the policy itself generates."""
+    file = head(data / "prompts_train.jsonl", work / "prompts.jsonl", SORT_PROMPTS)
+    return [
+        *("openrlhf.cli.train_ppo", "--pretrain", str(model), "--prompt_data", file, "--input_key", "prompt"),
+        *("--remote_rm_url", str(HERE.parent / "examples/scripts/quickstart_reward.py"), "--label_key", "label"),
+        *("--apply_chat_template", "--rollout_batch_size", str(SORT_GROUPS), "--prompt_max_len", "32"),
+        *("--n_samples_per_prompt", str(SORT_SAMPLES), "--generate_max_len", "12", "--init_kl_coef", "0.001"),
+        *("--micro_rollout_batch_size", str(SORT_GROUPS * SORT_SAMPLES), "--train_batch_size", "128"),
+        *("--micro_train_batch_size", "128", "--actor_learning_rate", "3e-4", "--zero_stage", "0", "--seed", "0"),
+        *("--ckpt_path", str(work / "checkpoints"), "--save_path", str(work / "out"), *estimator),
+    ]
+
+
 COMMANDS = {
     "sft": sft_command,
     "rm": partial(pairs_command, "rm"),
     "dpo": partial(pairs_command, "dpo"),
     "kto": kto_command,
     "rloo": rloo_command,
+    "sort_grpo": partial(
+        sort_command, ["--advantage_estimator", "group_norm", "--use_kl_loss", "--kl_estimator", "k3"]
+    ),
+    "sort_rloo": partial(sort_command, ["--advantage_estimator", "rloo"]),
 }
 
 
@@ -124,11 +148,12 @@ def run_ours(job: str, model: Path, data: Path) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         command = [sys.executable, "-m", *COMMANDS[job](model, data, work)]
-        peak = run(command, work / "terminal.txt", cwd=HERE.parent)
+        threads = {"OMP_NUM_THREADS": "1"} if job.startswith("sort_") else {}
+        peak = run(command, work / "terminal.txt", cwd=HERE.parent, **threads)
         lines = [json.loads(line) for line in (work / "out_run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["phase"] == "train"]
     figures = FIGURES[job](steps)
-    if job == "rloo":
+    if "completions/s" in figures:
         return figures
     on_gpu = [step["memory/peak_gib"] * 1024 for step in steps if "memory/peak_gib" in step]
     return {**figures, "peak MiB": max(on_gpu, default=peak)}
@@ -145,9 +170,9 @@ def row_figures(unit: str, steps: list[dict]) -> Figures:
     return {f"{unit}/s": len(steps) * ROWS / total(steps, "time/step")}
 
 
-def rloo_figures(steps: list[dict]) -> Figures:
-    """Return completions a second, over all and in generation."""
-    completions = len(steps) * PROMPTS * SAMPLES
+def completion_figures(completions: int, steps: list[dict]) -> Figures:
+    """Return completions a second, over all and in generation, of steps with ``completions`` each."""
+    completions *= len(steps)
     return {
         "completions/s": completions / total(steps, "time/step"),
         "generated/s": completions / total(steps, "time/generate"),
@@ -159,7 +184,9 @@ FIGURES = {
     "rm": partial(row_figures, "pairs"),
     "dpo": partial(row_figures, "pairs"),
     "kto": partial(row_figures, "rows"),
-    "rloo": rloo_figures,
+    "rloo": partial(completion_figures, PROMPTS * SAMPLES),
+    "sort_grpo": partial(completion_figures, SORT_GROUPS * SORT_SAMPLES),
+    "sort_rloo": partial(completion_figures, SORT_GROUPS * SORT_SAMPLES),
 }
 
 
@@ -168,9 +195,9 @@ def total(steps: list[dict], name: str) -> float:
     return sum(step[name] for step in steps)
 
 
-def run(command: list[str], output: Path, cwd: Path) -> float:
+def run(command: list[str], output: Path, cwd: Path, **environment: str) -> float:
     """Run ``command`` and return its largest resident memory in MiB (workers of Ray are not its children)."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)

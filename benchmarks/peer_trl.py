@@ -1,6 +1,6 @@
 """The same work in TRL, in an environment of its own (torch 2.13.0, trl 1.16.0, peft): one JSON line of figures.
 
-    python benchmarks/peer_trl.py {sft,rm,dpo,kto,rloo} MODEL_DIR DATA_DIR [--precision fp32|autocast|bf16] [--group]
+    python benchmarks/peer_trl.py JOB MODEL_DIR DATA_DIR [--precision fp32|autocast|bf16] [--group]
 
 ``autocast`` keeps fp32 weights and computes in bf16, ``bf16`` keeps bf16 weights without an fp32 master copy,
 ``--group`` puts rows of similar length into one batch. ``rloo`` runs TRL's GRPO trainer, its closest to ours.
@@ -13,9 +13,10 @@ import json
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-STEPS = {"sft": 20, "rm": 20, "dpo": 20, "kto": 20, "rloo": 4}
+STEPS = {"sft": 20, "rm": 20, "dpo": 20, "kto": 20, "rloo": 4, "sort_grpo": 40, "sort_rloo": 40}
 ROWS, COMPLETIONS, SAMPLES, NEW_TOKENS = 8, 64, 4, 128
 
 
@@ -126,18 +127,8 @@ def kto(model: str, data: Path, precision: str, group: bool) -> dict[str, float]
 def rloo(model: str, data: Path, precision: str, group: bool) -> dict[str, float]:
     """Train on sampled answers; return completions a second, over all and in generation."""
     from datasets import Dataset
-    from transformers import GenerationMixin
     from trl import GRPOConfig, GRPOTrainer
 
-    generation = [0.0]
-    plain = GenerationMixin.generate
-
-    def counted(*arguments, **options):
-        result = []
-        generation[0] += timed(lambda: result.append(plain(*arguments, **options)))
-        return result[0]
-
-    GenerationMixin.generate = counted
     prompts = [
         {"prompt": turn("user", row["question"][:200])}
         for row in rows(data / "gsm8k_train.jsonl", STEPS["rloo"] * COMPLETIONS // SAMPLES)
@@ -151,9 +142,54 @@ def rloo(model: str, data: Path, precision: str, group: bool) -> dict[str, float
         beta=0.01,
     )
     trainer = GRPOTrainer(model=model, reward_funcs=length, args=config, train_dataset=Dataset.from_list(prompts))
-    total = STEPS["rloo"] * COMPLETIONS
+    return completions_a_second(trainer, STEPS["rloo"] * COMPLETIONS)
+
+
+def sort(kind: str, model: str, data: Path, precision: str, group: bool) -> dict[str, float]:
+    """Train ``GRPO`` or ``RLOO`` on the quickstart's task: two steps of 128 answers for each rollout of 256."""
+    import trl
+    from datasets import Dataset
+
+    steps = STEPS["sort_grpo"]
+    prompts = [
+        {"prompt": turn("user", row["prompt"]), "label": row["label"]}
+        for row in rows(data / "prompts_train.jsonl", steps * 16)
+    ]
+    config = getattr(trl, f"{kind}Config")(
+        **common("sort_grpo", precision),
+        per_device_train_batch_size=128,
+        steps_per_generation=2,
+        num_generations=8,
+        max_completion_length=12,
+        learning_rate=3e-4,
+        beta=0.001,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model, reward_funcs=exact, args=config, train_dataset=Dataset.from_list(prompts)
+    )
+    return completions_a_second(trainer, steps * 128)
+
+
+def completions_a_second(trainer, total: int) -> dict[str, float]:
+    """Train and return completions a second, over all and in generation."""
+    from transformers import GenerationMixin
+
+    generation = [0.0]
+    plain = GenerationMixin.generate
+
+    def counted(*arguments, **options):
+        result = []
+        generation[0] += timed(lambda: result.append(plain(*arguments, **options)))
+        return result[0]
+
+    GenerationMixin.generate = counted
     seconds = timed(trainer.train)
     return {"completions/s": total / seconds, "generated/s": total / generation[0]}
+
+
+def exact(completions, label, **_) -> list[float]:
+    """Reward: 1 for the answer of the task, else 0."""
+    return [float(completion[0]["content"] == right) for completion, right in zip(completions, label, strict=True)]
 
 
 def length(completions, **_) -> list[float]:
@@ -177,6 +213,17 @@ def timed(action) -> float:
     return time.perf_counter() - start
 
 
+JOBS = {
+    "sft": sft,
+    "rm": rm,
+    "dpo": dpo,
+    "kto": kto,
+    "rloo": rloo,
+    "sort_grpo": partial(sort, "GRPO"),
+    "sort_rloo": partial(sort, "RLOO"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=tuple(STEPS))
@@ -189,8 +236,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    figures = globals()[arguments.job](arguments.model, arguments.data, arguments.precision, arguments.group)
-    if arguments.job != "rloo":
+    figures = JOBS[arguments.job](arguments.model, arguments.data, arguments.precision, arguments.group)
+    if "completions/s" not in figures:
         figures["peak MiB"] = peak_mib()
     print(json.dumps(figures))
 

@@ -5,11 +5,13 @@ python examples/scripts/quickstart_family_result.py RUN_DIR --seed 0 --result ru
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from quickstart_figures import metrics, seconds, tell
+
 STAGES = ("task", "sft", "family_task", "dpo", "kto", "teacher", "kd", "prm")
+TRAINED = ("dpo", "kto", "teacher", "kd", "prm")
 MEASURED = ("dpo", "kto_pairs", "kto", "kd_before", "kd_after", "prm_before", "prm")
 
 
@@ -18,14 +20,11 @@ def figures(out: Path, seed: int) -> dict:
     return {
         "seed": seed,
         "measured": {name: json.loads((out / f"{name}.json").read_text()) for name in MEASURED},
-        "steps": {name: last_step(out / f"{name}_run") for name in ("dpo", "kto", "teacher", "kd", "prm")},
-        "seconds": {name: int((out / f"{name}.done").read_text()) for name in STAGES},
+        "steps": {
+            name: metrics(out / f"{name}_run", "train")[-1]["step"] for name in ("dpo", "kto", "teacher", "kd", "prm")
+        },
+        "seconds": seconds(out, STAGES),
     }
-
-
-def last_step(run: Path) -> int:
-    """Return the number of the last optimizer step of a run."""
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def percent(share: list[float]) -> str:
@@ -35,7 +34,7 @@ def percent(share: list[float]) -> str:
 
 def table(result: dict) -> str:
     """Return the figures in lines that a person reads."""
-    said, seconds, steps = result["measured"], result["seconds"], result["steps"]
+    said, steps = result["measured"], result["steps"]
     before, after = (said[f"kd_{when}"]["divergence"] for when in ("before", "after"))
     rows = {
         "dpo": f"{percent(said['dpo']['reward_accuracy'])} of {said['dpo']['rows']} pairs; "
@@ -47,21 +46,9 @@ def table(result: dict) -> str:
         "prm": f"{percent(said['prm']['accuracy'])} of {said['prm']['steps']} steps; "
         f"before {percent(said['prm_before']['accuracy'])}, commoner label {said['prm']['commoner_label']:.1%}",
     }
-    lines = [f"  {name:4} {steps[name]:5} steps {seconds[name]:4} s   {text}" for name, text in rows.items()]
+    lines = [f"  {name:4} {steps[name]:5} steps {result['seconds'][name]:4} s   {text}" for name, text in rows.items()]
     return "\n".join([f"held-out rows, seed {result['seed']}, +- half of a 95 % interval", *lines])
 
 
-def main() -> None:
-    """Write and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
-    result = figures(args.out, args.seed)
-    args.result.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{table(result)}\nfigures: {args.result.resolve()}")
-
-
 if __name__ == "__main__":
-    main()
+    tell(__doc__, figures, table)

@@ -5,22 +5,16 @@ python examples/scripts/quickstart_result.py RUN_DIR --seed 0 --result runs/quic
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
+
+from quickstart_figures import metrics, seconds, tell
 
 STAGES = ("task", "sft", "reward_model", "ppo")
 
 
-def evaluations(run: Path) -> list[dict]:
-    """Return the evaluation rows of ``run``'s metrics, first to last."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["phase"] == "eval"]
-
-
 def figures(out: Path, seed: int) -> dict:
     """Return everything that result.json holds; fractions, and seconds by stage."""
-    sft, reward_model, ppo = (evaluations(out / f"{name}_run") for name in ("sft", "rm", "ppo"))
+    sft, reward_model, ppo = (metrics(out / f"{name}_run", "eval") for name in ("sft", "rm", "ppo"))
     before, after = ppo[0], ppo[-1]
     return {
         "seed": seed,
@@ -34,32 +28,25 @@ def figures(out: Path, seed: int) -> dict:
         "rm_pair_accuracy": reward_model[-1]["acc_mean"],
         "rm_accuracy_on_sft_samples": before["reward_auc_t1"],
         "sft_eval_loss": [row["eval gpt_loss"] for row in sft],
-        "seconds": {name: int((out / f"{name}.done").read_text()) for name in STAGES},
+        "seconds": seconds(out, STAGES),
+        "report": str((out / "ppo_run/report.html").resolve()),
     }
 
 
-def main() -> None:
-    """Write and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
-    result = figures(args.out, args.seed)
-    args.result.write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"\nexact answers on {result['held_out_prompts']} held-out prompts, seed {args.seed}\n"
+def table(result: dict) -> str:
+    """Return the figures in lines that a person reads."""
+    return (
+        f"exact answers on {result['held_out_prompts']} held-out prompts, seed {result['seed']}\n"
         f"                     after SFT   after PPO\n"
         f"  sampled (T=1)        {result['exact_match_before']:6.1%}      {result['exact_match_after']:6.1%}\n"
         f"  sampled (T=0.6)      {result['t06_before']:6.1%}      {result['t06_after']:6.1%}\n"
         f"  greedy               {result['greedy_before']:6.1%}      {result['greedy_after']:6.1%}\n"
         f"reward model: {result['rm_pair_accuracy']:.1%} of held-out pairs; tells a right sample of the SFT policy "
         f"from a wrong one {result['rm_accuracy_on_sft_samples']:.1%} of the time\n"
-        f"seconds: {', '.join(f'{name} {seconds}' for name, seconds in result['seconds'].items())}\n"
-        f"figures: {args.result.resolve()}\n"
-        f"report:  {(args.out / 'ppo_run/report.html').resolve()}"
+        f"seconds: {', '.join(f'{name} {count}' for name, count in result['seconds'].items())}\n"
+        f"report:  {result['report']}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    tell(__doc__, figures, table)
