@@ -140,8 +140,8 @@ def value_loss(
     loss = (values - returns).square()
     limited = torch.zeros_like(mask)
     if clip is not None:
-        kept = old_values + (values - old_values).clamp(-clip, clip)
-        clipped = (kept - returns).square()
+        # Inside its bounds a clamp gives the value itself: adding a difference to old_values would round it.
+        clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
         limited = clipped > loss
         loss = torch.maximum(loss, clipped)
     return 0.5 * reduced(loss, mask, reduction), {"value_clip_fraction": _fraction(limited, mask)}
