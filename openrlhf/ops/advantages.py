@@ -101,13 +101,7 @@ def group_norm(scores: Tensor, n: int) -> Tensor:
 
     GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300, usually with ``--use_kl_loss --kl_estimator k3``: every
     prompt counts alike, whatever the scale of its rewards. The standard deviation is that of a sample (``n - 1``).
-
-    Args:
-        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
-        n: answers to a prompt.
-
-    Raises:
-        ValueError: ``n`` is below 2 or does not divide the number of scores.
+    Arguments and errors as of :func:`group_mean`.
     """
     groups = _groups(scores, n)
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)
