@@ -15,7 +15,8 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lambd: floa
     """Return generalised advantages and the returns that a critic learns.
 
     ``delta_t = r_t + gamma * V_{t+1} - V_t``, ``A_t = delta_t + gamma * lambd * A_{t+1}``, ``R_t = A_t + V_t``; after
-    the last action both V and A are 0. Schulman et al. 2016, https://arxiv.org/abs/1506.02438.
+    the last action both V and A are 0. Schulman et al. 2016, https://arxiv.org/abs/1506.02438: with a critic, for
+    rewards within an answer or long answers, where ``lambd`` below 1 trades noise for the critic's mistakes.
 
     Args:
         values: ``(B, T)`` value of the state before each action.
@@ -43,7 +44,11 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lambd: floa
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Return ``G_t = r_t + gamma * G_{t+1}`` over the actions, ``(B, T)`` float32, 0 off the actions."""
+    """Return ``G_t = r_t + gamma * G_{t+1}`` over the actions, ``(B, T)`` float32, 0 off the actions.
+
+    REINFORCE, Williams 1992, https://doi.org/10.1007/BF00992696: what every estimator without a critic learns from,
+    after its baseline; ``gamma`` below 1 gives actions that are far from the reward less of it.
+    """
     return gae(torch.zeros_like(rewards), rewards, mask, gamma, 1.0)[1]
 
 
