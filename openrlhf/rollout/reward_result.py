@@ -108,7 +108,7 @@ def result_from_json(document: Any, names: Sequence[str], who: str) -> RewardRes
     if not isinstance(logs, dict):
         raise DataError(f"{who}: 'extra_logs' should be an object of lists; found {_kind(logs)}")
     if document.get("scores") is not None:
-        logs = {"scores": document["scores"], **logs}
+        logs = {**logs, "scores": document["scores"]}
     return RewardResult(rewards, {name: _numbers(spread(logs[name], len(names)), name, names, who) for name in logs})
 
 
