@@ -15,4 +15,4 @@ if [ "${1:-}" = --full ]; then
   shift
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline PATH="$env_dir/bin:$PATH"
-exec python -m pytest "${selection[@]}" "$@"
+exec python -m pytest --durations=30 "${selection[@]}" "$@"

@@ -57,6 +57,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def end_ids(tokenizer, settings) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's own, and those of a model's generation ``settings``.
+
+    Chat models have several (Llama 3 ends a message, or a call of a tool); it is the list at which vLLM stops.
+    """
+    more = settings.eos_token_id
+    own = [more] if isinstance(more, int) else more or []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+
+
 def check_vocabulary(path: str, tokenizer, model_cfg: ModelConfig, flag: str) -> None:
     """Raise DataError when the model at ``path``, named by ``flag``, has another vocabulary than ``tokenizer``."""
     own = load_tokenizer(

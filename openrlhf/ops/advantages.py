@@ -15,7 +15,8 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lambd: floa
     """Return generalised advantages and the returns that a critic learns.
 
     ``delta_t = r_t + gamma * V_{t+1} - V_t``, ``A_t = delta_t + gamma * lambd * A_{t+1}``, ``R_t = A_t + V_t``; after
-    the last action both V and A are 0. Schulman et al. 2016, https://arxiv.org/abs/1506.02438.
+    the last action both V and A are 0. Schulman et al. 2016, https://arxiv.org/abs/1506.02438: with a critic, for
+    rewards within an answer or long answers, where ``lambd`` below 1 trades noise for the critic's mistakes.
 
     Args:
         values: ``(B, T)`` value of the state before each action.
@@ -43,7 +44,11 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lambd: floa
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Return ``G_t = r_t + gamma * G_{t+1}`` over the actions, ``(B, T)`` float32, 0 off the actions."""
+    """Return ``G_t = r_t + gamma * G_{t+1}`` over the actions, ``(B, T)`` float32, 0 off the actions.
+
+    REINFORCE, Williams 1992, https://doi.org/10.1007/BF00992696: what every estimator without a critic learns from,
+    after its baseline; ``gamma`` below 1 gives actions that are far from the reward less of it.
+    """
     return gae(torch.zeros_like(rewards), rewards, mask, gamma, 1.0)[1]
 
 
@@ -101,13 +106,7 @@ def group_norm(scores: Tensor, n: int) -> Tensor:
 
     GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300, usually with ``--use_kl_loss --kl_estimator k3``: every
     prompt counts alike, whatever the scale of its rewards. The standard deviation is that of a sample (``n - 1``).
-
-    Args:
-        scores: ``(P * n,)``, the ``n`` answers of one prompt next to each other.
-        n: answers to a prompt.
-
-    Raises:
-        ValueError: ``n`` is below 2 or does not divide the number of scores.
+    Arguments and errors as of :func:`group_mean`.
     """
     groups = _groups(scores, n)
     mean, std = groups.mean(dim=1, keepdim=True), groups.std(dim=1, keepdim=True)

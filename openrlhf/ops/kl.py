@@ -17,7 +17,8 @@ def approx_kl(log_ratio: Tensor, estimator: str = "k1") -> Tensor:
 
     * k1 is ``d``: no bias, may be negative; for the reward. As a loss its gradient is 0 on average.
     * k2 is ``d**2 / 2``: a little bias, never negative; as a loss its gradient is that of the divergence.
-    * k3 is ``exp(-d) - 1 + d``: no bias, never negative; the loss of GRPO.
+    * k3 is ``exp(-d) - 1 + d``: no bias, never negative, little noise; the loss of GRPO,
+      https://arxiv.org/abs/2402.03300.
 
     Args:
         log_ratio: ``d``, any shape. k3 reads it within [-20, 20], where its exponential stays finite.
@@ -37,7 +38,7 @@ def approx_kl(log_ratio: Tensor, estimator: str = "k1") -> Tensor:
 
 
 class FixedKLController:
-    """A KL coefficient that stays what it is."""
+    """A KL coefficient that stays what it is: the ordinary choice, whatever the divergence becomes."""
 
     def __init__(self, coef: float):
         self.value = coef
@@ -57,7 +58,8 @@ class AdaptiveKLController:
     """A KL coefficient steered so that the measured divergence comes near ``target``.
 
     ``value *= 1 + clip(kl / target - 1, -0.2, 0.2) * min(n_steps / horizon, 1)``: one update never moves it by more
-    than a fifth. Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2.
+    than a fifth. Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2: where a divergence is easier to
+    name than a coefficient.
 
     Raises:
         ValueError: ``target`` or ``horizon`` is not positive.

@@ -122,7 +122,10 @@ def value_loss(
 ) -> tuple[Tensor, Metrics]:
     """Return the critic's loss ``0.5 * max((V_clipped - R)**2, (V - R)**2)``, :func:`reduced`.
 
-    ``V_clipped`` is ``V`` kept within ``clip`` of the value at sampling time; ``None`` leaves it out.
+    ``V_clipped`` is ``V`` kept within ``clip`` of the value at sampling time; ``None`` leaves it out. The clip that
+    implementations of PPO share (Engstrom et al. 2020, https://arxiv.org/abs/2005.12729) keeps a critic that learns
+    several times from the same samples near the one that the advantages came from. Returns further away than ``clip``
+    are reached more slowly: widen it for rewards of a larger scale.
 
     Args:
         values: ``(B, T)`` of the critic that learns.
@@ -140,8 +143,8 @@ def value_loss(
     loss = (values - returns).square()
     limited = torch.zeros_like(mask)
     if clip is not None:
-        kept = old_values + (values - old_values).clamp(-clip, clip)
-        clipped = (kept - returns).square()
+        # Inside its bounds a clamp gives the value itself: adding a difference to old_values would round it.
+        clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
         limited = clipped > loss
         loss = torch.maximum(loss, clipped)
     return 0.5 * reduced(loss, mask, reduction), {"value_clip_fraction": _fraction(limited, mask)}

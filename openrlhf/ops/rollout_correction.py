@@ -41,8 +41,8 @@ def rollout_correction(
       ordinary choice.
     * ``icepop``: ``w`` where ``low <= w <= high``, else 0; Ling team 2025, https://arxiv.org/abs/2510.18855. For
       mixtures of experts, where single tokens are far off.
-    * ``seq-mask-tis``: ``w`` in sequences whose geometric mean of ``w`` lies in the range, else 0. For long answers,
-      where one bad stretch spoils the whole.
+    * ``seq-mask-tis``: ``w`` in sequences whose geometric mean of ``w`` lies in the range, else 0; Liu et al. 2025,
+      https://richardli.xyz/rl-collapse. For long answers, where one bad stretch spoils the whole.
 
     The logarithm of a weight is kept within 20, so none overflows, and no 0 meets an infinity.
 

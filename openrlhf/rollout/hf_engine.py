@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openrlhf.models.actor import Actor
+from openrlhf.models.tokenizer import end_ids
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
 from openrlhf.strategy import signals
 from openrlhf.strategy.comm import Comm, SoloComm
@@ -23,7 +24,7 @@ class HFEngine:
 
     Args:
         actor: the policy, or a function that returns it.
-        tokenizer: gives the ids of the end and of padding.
+        tokenizer: gives the id of padding, and of the end; the actor's generation settings may name more ends.
         micro_batch_size: samples that are generated together.
         max_len: most tokens of prompt and answer; None leaves the length to the sampling parameters.
         comm: the ranks that share the weights; they call :meth:`generate` together, each with prompts of its own.
@@ -44,7 +45,7 @@ class HFEngine:
     ):
         self._comm = comm or SoloComm()
         self._actor = (lambda: actor) if isinstance(actor, nn.Module) else actor
-        self.eos_id: int = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
         self.pad_id: int = tokenizer.pad_token_id
         self.micro_batch_size = max(1, micro_batch_size)
         self.max_len = max_len
@@ -73,6 +74,11 @@ class HFEngine:
         """Whether a forward of one rank needs all others."""
         return any(hasattr(parameter, "ds_id") for parameter in self._actor().parameters())
 
+    @property
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return end_ids(self._tokenizer, self._actor().model.generation_config)
+
     def _batches_of_others(self, own: int) -> int:
         """Return how many batches of nobody this rank must generate after its ``own`` because others need it."""
         return round(self._comm.all_reduce(float(own), op="max")) - own if self._sharded else 0
@@ -94,7 +100,7 @@ class HFEngine:
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=max(rooms),
-                eos_token_id=self.eos_id,
+                eos_token_id=self._ends,
                 pad_token_id=self.pad_id,
             ),
             logits_processor=LogitsProcessorList(processors),
@@ -115,15 +121,16 @@ class HFEngine:
 
     def _rollout(self, prompt: Prompt, answer: list[int], log_probs: list[float], seed: int) -> Rollout:
         """Cut ``answer`` after its first end of sequence and make a rollout of it."""
-        stopped = self.eos_id in answer
-        length = answer.index(self.eos_id) + 1 if stopped else len(answer)
+        ends = self._ends
+        until_end = next((count for count, token in enumerate(answer, start=1) if token in ends), None)
+        length = until_end or len(answer)
         start = len(prompt.token_ids)
         return Rollout(
             prompt=prompt,
             token_ids=(*prompt.token_ids, *answer[:length]),
             action_spans=((start, start + length),),
             log_probs=tuple(log_probs[:length]),
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if until_end else "length",
             policy_version=self.policy_version,
             seed=seed,
         )

@@ -106,10 +106,17 @@ class Batcher:
                 count += len(job.texts)
         return jobs
 
+    def _scored(self, texts: list[str]) -> list[float]:
+        """Return the rewards of ``texts``. Raises ValueError when the model gives more or fewer."""
+        rewards = self._score(texts)
+        if len(rewards) != len(texts):
+            raise ValueError(f"{len(rewards)} rewards for {len(texts)} texts")
+        return rewards
+
     async def _score_together(self, jobs: list[_Job]) -> None:
         """Answer ``jobs``; when they fail together, each by itself, so that none spoils another."""
         texts = [text for job in jobs for text in job.texts]
-        scoring = asyncio.get_running_loop().run_in_executor(self._thread, self._score, texts)
+        scoring = asyncio.get_running_loop().run_in_executor(self._thread, self._scored, texts)
         await asyncio.wait({scoring})
         error = scoring.exception()
         if error is not None and len(jobs) > 1:

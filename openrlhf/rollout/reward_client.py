@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from openrlhf.errors import DataError, InfraError
+from openrlhf.errors import InfraError
 from openrlhf.rollout.reward_request import Patience, Unavailable, exchange, new_session, shown
 from openrlhf.rollout.reward_result import RewardResult, names_of, result_from_json
 
@@ -98,7 +98,7 @@ class RemoteRewards:
         answers = asyncio.run(self._ask_all(batches))
         count = len(batches)
         return [
-            _joined(answers[number * count : (number + 1) * count], ", ".join(map(shown, source.urls)))
+            RewardResult.join(answers[number * count : (number + 1) * count], ", ".join(map(shown, source.urls)))
             for number, source in enumerate(self._sources)
         ]
 
@@ -186,12 +186,3 @@ def _given_up(last: dict[str, str], tries: int, seconds: float, names: Sequence[
         f"no rewards for {who} after {tries} tries in {seconds:.1f} s. The last failure of {reasons}. Is the server "
         "of --remote_rm_url running? --remote_rm_tries and --remote_rm_timeout say how long to wait"
     )
-
-
-def _joined(parts: Sequence[RewardResult], who: str) -> RewardResult:
-    """Return the answers to the batches of one source as one."""
-    names = set(parts[0].extra) if parts else set()
-    if any(set(part.extra) != names for part in parts):
-        raise DataError(f"{who} gave other names of 'extra_logs' or 'scores' for some queries than for others")
-    extra = {name: [value for part in parts for value in part.extra[name]] for name in sorted(names)}
-    return RewardResult([value for part in parts for value in part.rewards], extra)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from typing_extensions import Self
+
 from openrlhf.errors import DataError, NumericError
 
 LARGEST = 3.4028234663852886e38
@@ -24,6 +26,33 @@ class RewardResult:
 
     rewards: list[float]
     extra: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def join(cls, parts: Sequence[RewardResult], who: str) -> Self:
+        """Return what ``who`` gave for several lists of queries as one; parts without queries count for nothing.
+
+        Raises:
+            DataError: see :func:`join_extra`.
+        """
+        filled = [part for part in parts if part.rewards]
+        rewards = [reward for part in filled for reward in part.rewards]
+        return cls(rewards, join_extra([part.extra for part in filled], who))
+
+
+def join_extra(parts: Sequence[dict[str, list[float]]], who: str) -> dict[str, list[float]]:
+    """Return the further numbers that ``who`` gave for several lists of queries, one after the other.
+
+    Raises:
+        DataError: a name is in some parts only.
+    """
+    every = {name for part in parts for name in part}
+    odd = sorted(name for name in every if any(name not in part for part in parts))
+    if odd:
+        names = ", ".join(odd[:5])
+        raise DataError(
+            f"{who} gave 'scores' or 'extra_logs' for some queries only: {names}; give every query a number"
+        )
+    return {name: [value for part in parts for value in part[name]] for name in sorted(every)}
 
 
 class RewardSource(Protocol):
@@ -79,7 +108,7 @@ def result_from_json(document: Any, names: Sequence[str], who: str) -> RewardRes
     if not isinstance(logs, dict):
         raise DataError(f"{who}: 'extra_logs' should be an object of lists; found {_kind(logs)}")
     if document.get("scores") is not None:
-        logs = {"scores": document["scores"], **logs}
+        logs = {**logs, "scores": document["scores"]}
     return RewardResult(rewards, {name: _numbers(spread(logs[name], len(names)), name, names, who) for name in logs})
 
 

@@ -98,7 +98,7 @@ class RewardFunction:
         if not isinstance(logs, dict):
             raise DataError(f"{self.path}: 'extra_logs' of {FUNCTION} is a dict; found {type(logs).__name__}")
         if returned.get("scores") is not None:
-            logs = {"scores": returned["scores"], **logs}
+            logs = {**logs, "scores": returned["scores"]}
         extra = {
             str(name): self._numbers(spread(values, len(names)), str(name), names) for name, values in logs.items()
         }

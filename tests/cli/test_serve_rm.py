@@ -106,10 +106,10 @@ def _same_rewards_as_a_worker(config, folder, url):
     rollouts = [
         rollout_of(prompt, tokenizer(answer).input_ids) for prompt, answer in zip(loop.prompts, answers, strict=False)
     ]
-    own, _ = loop.maker.score(rollouts)
+    own = loop.maker.rate(rollouts).scores.tolist()
     remote = replace(config, reward=RewardConfig(remote_rm_url=url, reward_weights="0,1"))
     loop.maker.config, loop.maker.reward_function = remote, reward_source(remote)
-    assert loop.maker.score(rollouts)[0] == pytest.approx(own, abs=1e-5)
+    assert loop.maker.rate(rollouts).scores.tolist() == pytest.approx(own, abs=1e-5)
     assert len({round(reward, 4) for reward in own}) == 4
 
 

@@ -96,7 +96,6 @@ QUICK = [
     for case in CASES
     if str(case)
     in (
-        "sft_step_3_SIGTERM",
         "sft_save_step_8_SIGTERM",
         "sft2_step_3_SIGTERM_local_rank_1",
         "ppo_phase_generate_after_step_1_SIGTERM",

@@ -1,10 +1,12 @@
 """Advantages through time and through groups."""
 
 import math
+import statistics
 
 import pytest
 import torch
 
+from openrlhf.config.algorithms import ESTIMATORS
 from openrlhf.ops import advantages as ops
 
 VALUES, REWARDS = torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[-0.01, -0.02, 1.0]])
@@ -102,32 +104,30 @@ def test_group_baselines_equal_the_worked_numbers(baseline, expected):
     torch.testing.assert_close(baseline(SCORES, 4), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-GROUP_BASELINES = [ops.rloo, ops.group_mean, ops.group_norm]
-
-
-def by_hand(baseline, group):
-    """The baseline of one group with plain numbers."""
-    mean, n = sum(group) / len(group), len(group)
-    if baseline is ops.rloo:
-        return [score - (sum(group) - score) / (n - 1) for score in group]
-    std = math.sqrt(sum((score - mean) ** 2 for score in group) / (n - 1)) + 1e-9
-    return [(score - mean) / (std if baseline is ops.group_norm else 1.0) for score in group]
+GROUP_BASELINES = {
+    ops.rloo: lambda score, group: score - (sum(group) - score) / (len(group) - 1),
+    ops.group_mean: lambda score, group: score - statistics.mean(group),
+    ops.group_norm: lambda score, group: (score - statistics.mean(group)) / statistics.stdev(group),
+}
+"""Each with what it gives one score of a group, in plain numbers."""
+RESCALING = [facts.load_baseline() for facts in ESTIMATORS.values() if facts.rescales]
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_group_baseline_equals_a_loop_over_groups(baseline, n):
     scores = torch.randn(5 * n, generator=torch.Generator().manual_seed(n))
-    expected = [by_hand(baseline, scores[start : start + n].tolist()) for start in range(0, 5 * n, n)]
-    torch.testing.assert_close(baseline(scores, n), torch.tensor(sum(expected, [])), rtol=1e-5, atol=1e-6)
+    groups = [scores[start : start + n].tolist() for start in range(0, 5 * n, n)]
+    expected = [GROUP_BASELINES[baseline](score, group) for group in groups for score in group]
+    torch.testing.assert_close(baseline(scores, n), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
-def test_a_shift_of_the_scores_changes_no_group_baseline_and_a_scale_only_those_without_a_norm(baseline):
+def test_a_shift_of_the_scores_changes_no_group_baseline_and_a_scale_only_those_that_do_not_rescale(baseline):
     scores = torch.randn(12, generator=torch.Generator().manual_seed(0))
     plain = baseline(scores, 4)
     torch.testing.assert_close(baseline(scores + 3, 4), plain, rtol=1e-5, atol=1e-5)
-    factor = 1 if baseline is ops.group_norm else 5
+    factor = 1 if baseline in RESCALING else 5
     torch.testing.assert_close(baseline(5 * scores, 4), factor * plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain.view(-1, 4).sum(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
 

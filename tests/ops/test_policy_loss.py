@@ -218,6 +218,16 @@ def test_the_value_loss_equals_the_worked_number():
     assert value_loss(values, old, returns, ONE)[0].item() == pytest.approx(0.5 * 0.2**2)
 
 
+def test_a_value_that_moved_less_than_the_clip_is_never_counted_as_clipped():
+    generator = torch.Generator().manual_seed(0)
+    old, moved, returns = torch.randn(3, 64, 64, generator=generator)
+    old, moved = 0.15 * old.tanh(), 0.03 * moved.tanh()  # a smaller number than the step to it: the step is rounded
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    loss, metrics = value_loss(moved, old, returns, mask, clip=0.2)
+    assert [int(x) for x in metrics["value_clip_fraction"]] == [0, 64 * 64]
+    assert loss == value_loss(moved, old, returns, mask)[0]
+
+
 def test_the_value_loss_is_the_sum_of_a_loop_over_actions():
     values, old, returns, mask = a_batch()
     expected = 0.0

@@ -156,30 +156,28 @@ def test_a_worker_that_nobody_asked_for_a_while_is_not_taken_for_one_that_hangs(
     assert group.get(group.run(Adder.work, seconds=2)) == [1, 1]
 
 
-def test_the_failure_of_one_rank_is_told_while_the_others_still_work(mortal_group):
+def test_the_failure_or_the_death_of_one_rank_is_told_while_the_others_still_work(mortal_group):
+    pids = mortal_group.get(mortal_group.run(Adder.pid))
     started = time.monotonic()
     with pytest.raises(NumericError):
         mortal_group.get(mortal_group.run(Adder.fail_while_others_work))
-    assert time.monotonic() - started < 15
-
-
-def test_a_killed_worker_is_named(mortal_group):
-    pids = mortal_group.get(mortal_group.run(Adder.pid))
     work = mortal_group.run(Adder.sleep, seconds=30)
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(InfraError, match=f"actor rank 1 died. Process {pids[1]} was ended by SIGKILL.* its log: /"):
         mortal_group.get(work)
+    assert time.monotonic() - started < 25
 
 
-def test_a_stopped_worker_is_named_after_the_deadline(mortal_group):
-    mortal_group.watch.timeout_s = 2
-    pids = mortal_group.get(mortal_group.run(Adder.pid))
+def test_a_stopped_worker_is_named_after_the_deadline(group, monkeypatch):
+    monkeypatch.setattr(group.watch, "timeout_s", 2)
+    pids = group.get(group.run(Adder.pid))
     os.kill(pids[0], signal.SIGSTOP)
     try:
         with pytest.raises(InfraError, match="No sign of life from actor rank 0 for 2 s"):
-            mortal_group.get(mortal_group.run(Adder.total, [1, 2]))
+            group.get(group.run(Adder.total, [1, 2]))
     finally:
         os.kill(pids[0], signal.SIGCONT)
+    assert group.get(group.run(Adder.total, [1, 2])) == [101, 102]
 
 
 def test_a_worker_that_hangs_in_a_call_is_named_and_one_that_works_is_waited_for(mortal_group):

@@ -148,6 +148,21 @@ def test_the_generation_config_of_the_folder_does_not_leak_in(tmp_path, tokenize
     assert actor.model.generation_config.repetition_penalty == 1.5
 
 
+def test_an_answer_ends_at_each_end_that_the_folder_names_and_at_the_tokenizers_own(tmp_path, tokenizer):
+    model = tiny_causal_lm(None, "qwen2")
+    model.generation_config.eos_token_id = [0, 7]  # the first of them pads too
+    model.save_pretrained(tmp_path)
+    engine = HFEngine(Actor(str(tmp_path), bf16=False), tokenizer, micro_batch_size=64)
+    rollouts = engine.generate(PROMPTS, SamplingParams(max_new_tokens=40, temperature=2.0, n=64, seed=1))
+    ends = {0, 7, tokenizer.eos_token_id}
+    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    assert {rollout.token_ids[-1] for rollout in stopped} == ends
+    for rollout in rollouts:
+        body = rollout.response_ids[:-1] if rollout in stopped else rollout.response_ids
+        assert not ends.intersection(body) and len(rollout.log_probs) == rollout.num_actions
+        assert rollout in stopped or rollout.num_actions == 40
+
+
 def test_prompt_and_answer_together_stay_within_max_len(actor, engine, tokenizer):
     free = engine.generate(PROMPTS, SAMPLING)
     capped = HFEngine(actor, tokenizer, micro_batch_size=6, max_len=7).generate(PROMPTS, SAMPLING)

@@ -160,7 +160,7 @@ def test_logs_that_only_some_answers_bring_are_an_error():
         logs = {"extra_logs": {"a": 1.0}} if QUERIES[0] in request["query"] else {}
         fake.send(handler, json.dumps({"rewards": [0.0] * len(request["query"]), **logs}).encode())
 
-    with FakeRewardServer(mode) as server, pytest.raises(DataError, match="other names of 'extra_logs'"):
+    with FakeRewardServer(mode) as server, pytest.raises(DataError, match="'extra_logs' for some queries only: a;"):
         ask(server.url, batch_size=4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from openrlhf.rollout.types import Prompt, SamplingParams
 from openrlhf.rollout.vllm_engine import VLLMEngine
@@ -40,6 +41,9 @@ def gap(model, rollouts, temperature: float = SAMPLING.temperature) -> float:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> VLLMEngine:
     folder = tiny_folder(tmp_path_factory.mktemp("tied"), tied=True, hidden=64, seed=0)
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.eos_token_id = [0, 7]
+    settings.save_pretrained(folder)
     return engine_on(folder, enable_prefix_caching=True)
 
 
@@ -86,15 +90,16 @@ def test_temperature_zero_takes_the_most_likely_token_with_log_probs_at_temperat
 
 
 @pytest.mark.timeout(300)
-def test_the_end_of_the_sequence_is_the_last_action(tied):
-    model = model_of(3, tied=True)
+def test_an_answer_ends_at_each_end_that_the_folder_names_and_at_the_tokenizers_own(tied):
+    tied.update_weights(model_of(3, tied=True).named_parameters(), 1)
     rollouts = tied.generate(PROMPTS, SamplingParams(max_new_tokens=40, temperature=2.0, n=64, seed=1))
-    eos = model.config.eos_token_id
+    ends = {0, 2, 7}
     stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
-    assert stopped and len(stopped) < len(rollouts)
-    assert all(rollout.token_ids[-1] == eos and rollout.response_ids.count(eos) == 1 for rollout in stopped)
-    cut = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
-    assert all(rollout.num_actions == 40 and eos not in rollout.response_ids for rollout in cut)
+    assert {rollout.token_ids[-1] for rollout in stopped} == ends
+    for rollout in rollouts:
+        body = rollout.response_ids[:-1] if rollout in stopped else rollout.response_ids
+        assert not ends.intersection(body)
+        assert rollout in stopped or rollout.num_actions == 40
 
 
 @pytest.mark.timeout(300)

@@ -76,9 +76,9 @@ def check(folder, ranks: int, cases: list[list], timeout: float = 240, **how: in
     return max(off for found in results for _, off in found)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
-    check(tmp_path, ranks, DIAGONAL)
+@pytest.mark.parametrize(("ranks", "packed"), [(1, True), (2, False)])
+def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks, packed):
+    check(tmp_path, ranks, [case for case in DIAGONAL if case[1] == packed])
 
 
 def test_ranks_that_share_sequences_give_the_gradient_of_plain_torch(tmp_path):

@@ -46,13 +46,8 @@ def share_of_prompts(uids: Sequence[str], parts: int) -> list[tuple[int, int]]:
 
 
 def _joined(parts: Sequence[RewardResult | OpenRLHFError]) -> RewardResult:
-    """Return the parts as one, with the extra numbers that all of them have. Raises the first error among them."""
+    """Return the parts as one. Raises the first error among them."""
     for part in parts:
         if isinstance(part, OpenRLHFError):
             raise part
-    filled = [part for part in parts if part.rewards]
-    names = [name for name in filled[0].extra if all(name in part.extra for part in filled)] if filled else []
-    return RewardResult(
-        [reward for part in filled for reward in part.rewards],
-        {name: [value for part in filled for value in part.extra[name]] for name in names},
-    )
+    return RewardResult.join(parts, "the source of --remote_rm_url")

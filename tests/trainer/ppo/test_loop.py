@@ -46,9 +46,9 @@ def learning_config(tmp_path, estimator: str, **rollout):
 GRPO = {"use_kl_loss": True, "kl_estimator": "k3"}
 LEARNING = [
     ("gae", 1, {}),
-    ("reinforce", 1, {}),
+    pytest.param("reinforce", 1, {}, marks=pytest.mark.full),
     pytest.param("reinforce_baseline", 2, {}, marks=pytest.mark.full),
-    ("rloo", 2, {}),
+    pytest.param("rloo", 2, {}, marks=pytest.mark.full),
     pytest.param("group_norm", 2, GRPO, marks=pytest.mark.full),
     ("dr_grpo", 2, {"policy_loss_type": "cispo", "loss_reduction": "sequence", "entropy_loss_coef": 0.001}),
     ("group_norm", 2, {"policy_loss_type": "gspo", **GRPO}),
