@@ -26,6 +26,8 @@ PAIRS: tuple[Keys, ...] = (
 )
 UNPAIRED: tuple[Keys, ...] = ({"input_key": "prompt", "output_key": "completion", "label_key": "label"},)
 STEPWISE: tuple[Keys, ...] = ({"input_key": "prompt", "steps_key": "completions", "label_key": "labels"},)
+STEP_END = "\ufdd2"
+"""A noncharacter of Unicode, which no text holds: it stands for the placeholder until a text is tokenised."""
 KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key", "steps_key")
 
 
@@ -69,8 +71,8 @@ def shared_prompt(chosen: Sequence[Mapping], rejected: Sequence[Mapping]) -> int
     return start
 
 
-def stepwise_text(steps: Any, labels: Any, placeholder: str, where: str) -> str:
-    """Return a solution given in steps as one text: a line a step, each ending in ``placeholder``.
+def stepwise_text(steps: Any, labels: Any, where: str) -> str:
+    """Return a solution given in steps as one text: a line a step, each ending in a space and :data:`STEP_END`.
 
     Raises:
         DataError: the steps are no texts, or there are not as many labels; says ``where``.
@@ -80,7 +82,7 @@ def stepwise_text(steps: Any, labels: Any, placeholder: str, where: str) -> str:
     if not isinstance(labels, list) or len(labels) != len(steps):
         count = len(labels) if isinstance(labels, list) else type(labels).__name__
         raise DataError(f"{where}: {len(steps)} steps and {count} labels; give one label a step")
-    return "\n".join(f"{step} {placeholder}" for step in steps)
+    return "\n".join(f"{step} {STEP_END}" for step in steps)
 
 
 def _chosen(cfg: Any, name: str, columns: Collection[str]) -> str | None:

@@ -14,6 +14,7 @@ from openrlhf.datasets.formats import (
     DEMONSTRATIONS,
     PAIRS,
     PROMPTS,
+    STEP_END,
     STEPWISE,
     UNPAIRED,
     recognise,
@@ -133,8 +134,8 @@ def test_a_format_may_take_the_default_of_a_key_away():
     assert keys_of(KDDataConfig(), DEMONSTRATIONS, talk | {"output": "x"})[1] == ""
 
 
-def test_a_solution_in_steps_becomes_a_text_with_a_placeholder_a_step():
-    assert stepwise_text(["2 + 3", "= 5"], [True, True], "<s>", "row 0") == "2 + 3 <s>\n= 5 <s>"
+def test_a_solution_in_steps_becomes_a_text_with_a_mark_a_step():
+    assert stepwise_text(["2 + 3", "= 5"], [True, True], "row 0") == f"2 + 3 {STEP_END}\n= 5 {STEP_END}"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_solution_in_steps_becomes_a_text_with_a_placeholder_a_step():
 )
 def test_steps_and_labels_that_do_not_fit_name_the_row(steps, labels, message):
     with pytest.raises(DataError, match=message):
-        stepwise_text(steps, labels, "<s>", "row 7")
+        stepwise_text(steps, labels, "row 7")
 
 
 def test_two_conversations_share_what_stands_before_their_first_different_answer():
