@@ -33,7 +33,7 @@ WRONG = {"role": "assistant", "content": "It is 72."}
 
 
 def keys_of(cfg, formats, row):
-    changed, words = with_standard_keys(cfg, formats, row)
+    changed, words = with_standard_keys(cfg, formats, [("row 0", row)])
     return {name: getattr(changed, name) for name in vars(cfg) if name.endswith("_key")}, words
 
 
@@ -89,6 +89,7 @@ def test_a_key_flag_that_is_set_wins(flags, words):
         ),
         ({"chosen": "a b", "rejected": "a c"}, ""),
         ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, ""),
+        ({"prompt": "a", "chosen": "a b", "rejected": "c"}, "--prompt_key prompt"),
         ({"prompt": "a", "good": "b", "bad": "c"}, ""),
     ],
 )  # fmt: skip
@@ -100,7 +101,7 @@ def test_pairs_whose_keys_are_given_are_read_as_they_say():
     row = {"prompt": [USER], "chosen": [BOT], "rejected": [WRONG], "better": [BOT]}
     assert keys_of(PreferenceDataConfig(dataset="d", chosen_key="better"), PAIRS, row)[1] == ""
     cfg = PreferenceDataConfig(dataset="d", prompt_key="better")
-    assert with_standard_keys(cfg, PAIRS, row) == (cfg, "")
+    assert with_standard_keys(cfg, PAIRS, [("row 0", row)]) == (cfg, "")
 
 
 def test_unpaired_answers_and_solutions_in_steps():
@@ -252,6 +253,61 @@ def test_columns_are_found_in_every_kind_of_source(tmp_path, name):
 def test_text_without_an_answer_is_an_error_that_names_the_flags(write_lines, chatml):
     with pytest.raises(UsageError, match="--output_key is missing: name the column of the answer"):
         read(write_lines, [{"input": "a", "output": "b"}], SFTDataset, SFTDataConfig, chatml)
+
+
+EXPLICIT = {"prompt": "Hi", "chosen": "b", "rejected": "c"}
+TALK = {"prompt": [USER], "chosen": [BOT], "rejected": [WRONG]}
+
+
+@pytest.mark.parametrize("odd", [0, 20, 39])
+@pytest.mark.parametrize(
+    ("usual", "other", "read"),
+    [
+        (EXPLICIT, {"prompt": "Hi", "chosen": "Hi b", "rejected": "Hi c"}, "with --prompt_key prompt"),
+        (EXPLICIT, {"chosen": "b", "rejected": "c"}, "with --prompt_key prompt"),
+        (TALK, TALK | {"chosen": [USER, BOT], "rejected": [USER, WRONG]}, "with --apply_chat_template"),
+        (TALK, EXPLICIT, "with --prompt_key prompt"),
+    ],
+)
+def test_rows_of_two_formats_are_an_error_that_names_one_of_each(write_lines, odd, usual, other, read):
+    rows = [usual] * 40
+    rows[odd] = other
+    path = write_lines("a.jsonl", rows)
+    cfg = PreferenceDataConfig(dataset=str(path))
+    second = odd + 1 if odd else 5
+    with pytest.raises(DataError, match=rf"a\.jsonl:1 is to be read .*a\.jsonl:{second} ") as caught:
+        recognised(cfg, PAIRS, str(path), "train")
+    assert read in str(caught.value) and "make them alike" in str(caught.value)
+
+
+def test_the_sources_of_a_mixture_have_one_format(write_lines, tmp_path):
+    import datasets
+
+    path = write_lines("a.jsonl", [EXPLICIT])
+    held = EXPLICIT | {"chosen": "Hi b", "rejected": "Hi c"}
+    datasets.Dataset.from_list([held] * 30).to_parquet(tmp_path / "b.parquet")
+    spec = f"{path},{tmp_path / 'b.parquet'}"
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 is to be read .*, but --dataset .*b\.parquet: row 0 as the flags"
+    ):
+        recognised(PreferenceDataConfig(dataset=spec), PAIRS, spec, "train")
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (EXPLICIT | {"prompt": None}, "--prompt_key prompt"),
+        (EXPLICIT | {"prompt": " "}, "--prompt_key prompt"),
+        ({"chosen": None}, "--prompt_key prompt"),
+    ],
+)
+def test_rows_with_a_blank_column_do_not_say_what_the_others_are(odd, words):
+    for rows in ([odd, EXPLICIT], [EXPLICIT, odd]):
+        pairs = [(f"row {number}", row) for number, row in enumerate(rows)]
+        assert with_standard_keys(PreferenceDataConfig(dataset="d"), PAIRS, pairs)[1] == words
+    talks = [{"messages": []}, {"messages": [USER, BOT]}]
+    pairs = [(f"row {number}", row) for number, row in enumerate(talks)]
+    assert "--apply_chat_template" in with_standard_keys(SFTDataConfig(dataset="d"), DEMONSTRATIONS, pairs)[1]
 
 
 @pytest.mark.parametrize("content", ["", "\n", "[]", "[1]\n", "7\n"])
