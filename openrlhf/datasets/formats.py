@@ -62,15 +62,18 @@ def with_standard_keys(cfg: Any, formats: Sequence[Keys], rows: Sequence[tuple[s
         formats = RAW_TEXTS
     columns = {column for keys in formats for column in keys.values()}
     telling = [row for row in rows if not any(is_blank(value) for name, value in row[1].items() if name in columns)]
-    judged = [(where, *_keys_of(cfg, formats, row)) for where, row in telling or rows[:1]]
-    if not judged:
+    if not (rows := telling or rows[:1]):
         return cfg, ""
-    first, found, words = judged[0]
-    for other, differs, others_words in judged[1:]:
-        if differs != found:
+    where, first = rows[0]
+    found, words = _keys_of(cfg, formats, first)
+    columns = {getattr(found, name, None) for name in KEYS}
+    for other, row in rows[1:]:
+        differs, others_words = _keys_of(cfg, formats, row)
+        # A column that is not there, or of another type, is an error that says more when the rows are loaded.
+        if differs != found and all(type(row.get(name)) is type(first.get(name)) for name in columns):
             read, reads = (f"with {flags}" if flags else "as the flags say" for flags in (words, others_words))
             raise DataError(
-                f"{first} is to be read {read}, but {other} {reads}: rows of one data set have one format; make them "
+                f"{where} is to be read {read}, but {other} {reads}: rows of one data set have one format; make them "
                 "alike, or name every column with its key flag"
             )
     return found, words

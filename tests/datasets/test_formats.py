@@ -264,9 +264,7 @@ TALK = {"prompt": [USER], "chosen": [BOT], "rejected": [WRONG]}
     ("usual", "other", "read"),
     [
         (EXPLICIT, {"prompt": "Hi", "chosen": "Hi b", "rejected": "Hi c"}, "with --prompt_key prompt"),
-        (EXPLICIT, {"chosen": "b", "rejected": "c"}, "with --prompt_key prompt"),
         (TALK, TALK | {"chosen": [USER, BOT], "rejected": [USER, WRONG]}, "with --apply_chat_template"),
-        (TALK, EXPLICIT, "with --prompt_key prompt"),
     ],
 )
 def test_rows_of_two_formats_are_an_error_that_names_one_of_each(write_lines, odd, usual, other, read):
@@ -278,6 +276,22 @@ def test_rows_of_two_formats_are_an_error_that_names_one_of_each(write_lines, od
     with pytest.raises(DataError, match=rf"a\.jsonl:1 is to be read .*a\.jsonl:{second} ") as caught:
         recognised(cfg, PAIRS, str(path), "train")
     assert read in str(caught.value) and "make them alike" in str(caught.value)
+
+
+def test_a_first_row_without_a_prompt_does_not_take_the_prompts_of_the_others_away(write_lines):
+    path = write_lines("a.jsonl", [{"chosen": "b", "rejected": "c"}, EXPLICIT])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 is to be read as the flags say, but .*:2 with --prompt_key prompt"
+    ):
+        recognised(PreferenceDataConfig(dataset=str(path)), PAIRS, str(path), "train")
+
+
+@pytest.mark.parametrize("other", [{"chosen": "b", "rejected": "c"}, TALK, {"messages": [USER, BOT]}])
+def test_columns_that_are_missing_or_of_another_type_are_left_to_the_loader(write_lines, other):
+    path = write_lines("a.jsonl", [EXPLICIT, other])
+    cfg = recognised(PreferenceDataConfig(dataset=str(path)), PAIRS, str(path), "train")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: (no key 'prompt'|'\w+' is a list here and a str in)"):
+        load_train_eval(cfg, 0, "first_exhausted")
 
 
 def test_the_sources_of_a_mixture_have_one_format(write_lines, tmp_path):
