@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from openrlhf.config.checks import probability_problems
 from openrlhf.datasets.formats import KEYS, Keys, with_standard_keys
-from openrlhf.datasets.sources import first_row, load_split
+from openrlhf.datasets.sources import load_split, some_rows
 from openrlhf.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -76,14 +76,17 @@ def load_train_eval(data_cfg: Any, seed: int, stopping: str) -> tuple[Dataset, D
 
 
 def recognised(cfg: Any, formats: Sequence[Keys], spec: str, split: str, flag: str = "--dataset") -> Any:
-    """Return ``cfg`` with the keys of the standard format that the first source of ``spec`` has; a notice says which.
+    """Return ``cfg`` with the keys of the standard format that the sources of ``spec`` have; a notice says which.
 
     Without any the keys stay as they are. ``formats`` are those of :mod:`openrlhf.datasets.formats`.
+
+    Raises:
+        DataError: two of the rows looked at have different formats.
     """
     if not formats:
         return cfg
-    row = first_row(_names(spec, flag)[0], split, flag=flag)
-    recognised_cfg, words = with_standard_keys(cfg, formats, row)
+    rows = [row for name in _names(spec, flag) for row in some_rows(name, split, flag=flag)]
+    recognised_cfg, words = with_standard_keys(cfg, formats, rows)
     if words:
         logger.warning("%s %s: its columns say what they hold, read with %s", flag, spec, words)
     return recognised_cfg

@@ -1,6 +1,8 @@
 """Tokenised rows are kept in the run folder, so that they are made once: not by every rank, and not again on resume.
 
-A kept file is used only for the same rows, tokenizer, template, settings and code; any other is made anew.
+A kept file is used only for the same rows, tokenizer, template, settings and code; any other is made anew. All of
+these count by their content: data, model or code that is renamed or moved is still the same, and what replaces it
+under its old name is not.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from openrlhf.datasets.fields import is_blank
 from openrlhf.errors import DataError
 
 Keys = Mapping[str, str | None]
@@ -26,6 +27,8 @@ PAIRS: tuple[Keys, ...] = (
 )
 UNPAIRED: tuple[Keys, ...] = ({"input_key": "prompt", "output_key": "completion", "label_key": "label"},)
 STEPWISE: tuple[Keys, ...] = ({"input_key": "prompt", "steps_key": "completions", "label_key": "labels"},)
+STEP_END = "\ufdd2"
+"""A noncharacter of Unicode, which no text holds: it stands for the placeholder until a text is tokenised."""
 KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "label_key", "steps_key")
 
 
@@ -43,13 +46,40 @@ def recognise(cfg: Any, formats: Sequence[Keys], columns: Collection[str]) -> di
     return {}
 
 
-def with_standard_keys(cfg: Any, formats: Sequence[Keys], row: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return ``cfg`` with the keys of the format that ``row`` has, and what that changed as words of a command line.
+def with_standard_keys(cfg: Any, formats: Sequence[Keys], rows: Sequence[tuple[str, Mapping]]) -> tuple[Any, str]:
+    """Return ``cfg`` with the keys of the format that the rows have, and what that changed as words of a command line.
 
-    Where these columns hold messages the chat template is switched on. Nothing changes for any other row.
+    Where these columns hold messages the chat template is switched on. Nothing changes for rows of no such format.
+
+    Args:
+        rows: some of the data, each with where it stands. Those that leave one of the columns blank say nothing where
+            there are others.
+
+    Raises:
+        DataError: two rows have different formats; names both.
     """
     if getattr(cfg, "pretrain_mode", False):
         formats = RAW_TEXTS
+    columns = {column for keys in formats for column in keys.values()}
+    telling = [row for row in rows if not any(is_blank(value) for name, value in row[1].items() if name in columns)]
+    if not (rows := telling or rows[:1]):
+        return cfg, ""
+    where, first = rows[0]
+    found, words = _keys_of(cfg, formats, first)
+    columns = {getattr(found, name, None) for name in KEYS}
+    for other, row in rows[1:]:
+        differs, others_words = _keys_of(cfg, formats, row)
+        # A column that is not there, or of another type, is an error that says more when the rows are loaded.
+        if differs != found and all(type(row.get(name)) is type(first.get(name)) for name in columns):
+            read, reads = (f"with {flags}" if flags else "as the flags say" for flags in (words, others_words))
+            raise DataError(
+                f"{where} is to be read {read}, but {other} {reads}: rows of one data set have one format; make them "
+                "alike, or name every column with its key flag"
+            )
+    return found, words
+
+
+def _keys_of(cfg: Any, formats: Sequence[Keys], row: Mapping[str, Any]) -> tuple[Any, str]:
     keys = recognise(cfg, [keys for keys in formats if not _holds_prompt(row, keys)], row)
     known = {item.name for item in fields(cfg)}
     changes: dict[str, Any] = {name: column for name, column in keys.items() if name in known}
@@ -69,8 +99,8 @@ def shared_prompt(chosen: Sequence[Mapping], rejected: Sequence[Mapping]) -> int
     return start
 
 
-def stepwise_text(steps: Any, labels: Any, placeholder: str, where: str) -> str:
-    """Return a solution given in steps as one text: a line a step, each ending in ``placeholder``.
+def stepwise_text(steps: Any, labels: Any, where: str) -> str:
+    """Return a solution given in steps as one text: a line a step, each ending in a space and :data:`STEP_END`.
 
     Raises:
         DataError: the steps are no texts, or there are not as many labels; says ``where``.
@@ -80,7 +110,7 @@ def stepwise_text(steps: Any, labels: Any, placeholder: str, where: str) -> str:
     if not isinstance(labels, list) or len(labels) != len(steps):
         count = len(labels) if isinstance(labels, list) else type(labels).__name__
         raise DataError(f"{where}: {len(steps)} steps and {count} labels; give one label a step")
-    return "\n".join(f"{step} {placeholder}" for step in steps)
+    return "\n".join(f"{step} {STEP_END}" for step in steps)
 
 
 def _chosen(cfg: Any, name: str, columns: Collection[str]) -> str | None:
@@ -95,8 +125,10 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _holds_prompt(row: Mapping[str, Any], keys: Keys) -> bool:
-    """Whether the answers of a pair bring their prompt along, as a text's beginning or in the first messages."""
-    prompt, chosen = (row.get(keys.get(name) or "") for name in ("prompt_key", "chosen_key"))
-    if _is_conversation(chosen):
-        return prompt is not None and chosen[0]["role"] != "assistant"
-    return isinstance(prompt, str) and isinstance(chosen, str) and bool(prompt) and chosen.startswith(prompt)
+    """Whether the answers of a pair bring their prompt along, as both texts' beginning or in the first messages."""
+    prompt, *answers = (row.get(keys.get(name) or "") for name in ("prompt_key", "chosen_key", "rejected_key"))
+    if _is_conversation(answers[0]):
+        return prompt is not None and answers[0][0]["role"] != "assistant"
+    if not all(isinstance(text, str) for text in (prompt, *answers)):
+        return False
+    return bool(prompt) and all(answer.startswith(prompt) for answer in answers)

@@ -11,16 +11,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from openrlhf.datasets.fields import check_keys, check_row
 from openrlhf.errors import DataError
 
 LINE_LIMIT = 50 * 2**20
 """Bytes of one JSON line. A longer one is a file without line breaks, or not the data that was meant."""
+Item = TypeVar("Item")
 NO_ROWS = "no rows; give a file with at least one"
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 MAGIC = {b"\x1f\x8b": "a gzip file (.gz)", b"PAR1": "a parquet file (.parquet)", b"ARROW1": "an arrow file (.arrow)"}
@@ -96,14 +97,31 @@ def check_file(path: Path, required: Mapping[str, str]) -> None:
         _check_table(path, required)
 
 
-def first_row(path: Path) -> dict[str, Any]:
-    """Return the first row of a JSON or CSV file; ``{}`` where there is none."""
+def some_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the first row of a JSON or CSV file, the last and some between, each with ``"file:line"``.
+
+    No other JSON rows are parsed. A table without rows gives one of empty texts, for its columns.
+    """
     if format_of(path) == "csv":
-        rows = csv_rows(path)
-        (_, header), (_, values) = next(rows, ("", [])), next(rows, ("", []))
-        return dict.fromkeys(header, "") | dict(zip(header, values, strict=False))
-    _, row = next(_json_rows(path), ("", {}))
-    return row if isinstance(row, dict) else {}
+        lines = csv_rows(path)
+        where, header = next(lines, ("", []))
+        rows = spread(lines) or ([(where, [])] if header else [])
+        return [(where, dict.fromkeys(header, "") | dict(zip(header, row, strict=False))) for where, row in rows]
+    items = [(where, _parsed(item, where)) for where, item in spread(_json_items(path))]
+    return [(where, row) for where, row in items if isinstance(row, dict)]
+
+
+def spread(items: Iterable[Item], most: int = 16) -> list[Item]:
+    """Return the first of ``items``, the last, and up to ``most`` between them, as far from each other as it goes."""
+    kept: list[Item] = []
+    stride, last = 1, None
+    for number, item in enumerate(items):
+        last = (number, item)
+        if number % stride == 0:
+            kept.append(item)
+        if len(kept) > most:
+            kept, stride = kept[::2], 2 * stride
+    return [*kept, last[1]] if last and last[0] % stride else kept
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -169,6 +187,15 @@ def _check_type(key: str, value: Any, where: str, first_types: dict[str, tuple[s
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ``("file:line", value)`` of a file of JSON lines, or ``("file: item n", value)`` of one JSON list."""
+    return ((where, _parsed(item, where)) for where, item in _json_items(path))
+
+
+def _parsed(item: Any, where: str) -> Any:
+    return _parse(item, where) if isinstance(item, bytes) else item
+
+
+def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what :func:`_json_rows` yields, lines not yet parsed: bytes."""
     with _open(path) as handle:
         nothing_yet = True
         for number, raw in enumerate(iter(lambda: handle.readline(LINE_LIMIT + 1), b""), 1):
@@ -183,7 +210,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 )
             if raw.removeprefix(BOM).strip():
                 nothing_yet = False
-                yield f"{path}:{number}", _parse(raw, f"{path}:{number}")
+                yield f"{path}:{number}", raw
 
 
 def _parse(raw: bytes, where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from openrlhf.datasets import tokens
 from openrlhf.datasets.batch import ProcessRewardBatch, pad_rows
 from openrlhf.datasets.fields import as_messages
-from openrlhf.datasets.formats import STEPWISE, stepwise_text
+from openrlhf.datasets.formats import STEP_END, STEPWISE, stepwise_text
 from openrlhf.datasets.preview import marked_text
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.store import as_floats, as_ints
@@ -39,8 +40,8 @@ class ProcessRewardDataset(TokenisedRows):
     """Tokenised answers that hold a placeholder after every step. What is cut at ``max_len`` loses its labels.
 
     A label is a token, or a number: the probability that the step is right, of which ``reward_tokens`` names the
-    tokens for right and wrong. With ``steps_key`` the steps are a list, and the placeholders are put after them. Rows
-    with another number of labels than placeholders are left out and counted.
+    tokens for right and wrong. With ``steps_key`` the steps are a list, and the placeholders are put after them;
+    without it they are found in the text, with or without a space before them, which often is another token.
 
     Args:
         rows: a ``datasets.Dataset`` or a list of dictionaries.
@@ -59,7 +60,8 @@ class ProcessRewardDataset(TokenisedRows):
 
     Raises:
         UsageError: a placeholder or reward token is not one token; numbers as labels without two reward tokens.
-        DataError: a key is missing, a value has the wrong type, a label is no reward token, no row is left.
+        DataError: a key is missing, a value has the wrong type, a label is no reward token, a row has not one
+            label for every placeholder, no row is left.
     """
 
     FORMATS = STEPWISE
@@ -77,7 +79,7 @@ class ProcessRewardDataset(TokenisedRows):
         )
         super().__init__(tokenizer, data_cfg, data_cfg.max_len, render, name)
         self._eos = tokens.eos_of(tokenizer)
-        self._placeholder = single_token(tokenizer, data_cfg.placeholder_token, "--placeholder_token")
+        self._spellings = spellings(tokenizer, data_cfg.placeholder_token, "--placeholder_token")
         named = data_cfg.reward_tokens
         self.reward_ids = named and [single_token(tokenizer, token, "--reward_tokens") for token in named]
         self._kind: str | None = None
@@ -116,26 +118,67 @@ class ProcessRewardDataset(TokenisedRows):
         return [marked_text(self.tokenizer, row.token_ids, marks), f"labels: {' '.join(map(str, shown))}"]
 
     def _add(self, batch: list[tuple[int, dict]]) -> None:
-        texts = [self._text(row, self._where(number)) for number, row in batch]
-        for (number, row), ids in zip(batch, tokens.tokenize(self.tokenizer, texts), strict=True):
-            self._store(ids, self._labels(row[self.cfg.label_key], number), number)
+        texts = [self._pieces(row, self._where(number)) for number, row in batch]
+        encoded = tokens.tokenize_pieces(self.tokenizer, texts)
+        for (number, row), pieces in zip(batch, encoded, strict=True):
+            labels = self._labels(row[self.cfg.label_key], number)
+            ids = [token for piece in pieces for token in piece]
+            find = self._ends if self.cfg.steps_key else self._found
+            self._store(ids, find(pieces, len(labels), self._where(number)), labels, number)
 
-    def _text(self, row: dict, where: str) -> str:
+    def _pieces(self, row: dict, where: str) -> list[str]:
+        """Return the text of a row; where the steps are a list, cut behind every placeholder."""
         value, cfg = row[self.cfg.input_key], self.cfg
         if cfg.steps_key:
-            steps = stepwise_text(row[cfg.steps_key], row[cfg.label_key], cfg.placeholder_token, where)
+            steps = stepwise_text(row[cfg.steps_key], row[cfg.label_key], where)
             prompt, answer = self._render.pair(value, steps, where)
-            return prompt + answer if cfg.apply_chat_template else f"{prompt}\n{answer}"
+            *ended, rest = (prompt + answer if cfg.apply_chat_template else f"{prompt}\n{answer}").split(STEP_END)
+            return [*(f"{step}{cfg.placeholder_token}" for step in ended), rest]
         if cfg.apply_chat_template:
-            return self._render.conversation(as_messages(value, "user", where), where).rstrip("\n")
-        return self._render.prompt(value, where)
+            return [self._render.conversation(as_messages(value, "user", where), where).rstrip("\n")]
+        return [self._render.prompt(value, where)]
 
-    def _store(self, ids: list[int], labels: list[int] | list[float], number: int) -> None:
+    def _ends(self, pieces: list[list[int]], count: int, where: str) -> list[int]:
+        """Return where the placeholders stand that were put behind steps: at the end of all pieces but the last."""
+        *steps, _ = pieces
+        if len(steps) != count:
+            raise DataError(f"{where}: the chat template shows {len(steps)} of {count} steps; give another template")
+        for step in steps:
+            if not any(step[-1] in spelling for spelling in self._spellings):
+                raise self._not_found(step, f"{where}: a step does not end with --placeholder_token")
+        return [place - 1 for place in accumulate(map(len, steps))]
+
+    def _found(self, pieces: list[list[int]], count: int, where: str) -> list[int]:
+        """Return where the placeholders stand in a text that holds them: the same token in all rows, the one that
+        agrees with the labels of the first.
+        """
+        (ids,) = pieces
+        found = [[place for place, token in enumerate(ids) if token in spelling] for spelling in self._spellings]
+        if not any(found) and not count:
+            return []
+        for spelling, places in zip(self._spellings, found, strict=True):
+            if places and len(places) == count:
+                self._spellings = [spelling]
+                return places
+        most = max(map(len, found))
+        raise self._not_found(ids, f"{where}: {count} labels and {most} placeholders; give one label a step")
+
+    def _not_found(self, ids: list[int], what: str) -> DataError:
+        """Return an error that says which tokens were looked for, and as which ``ids`` spell the placeholder."""
+        decode, text = self.tokenizer.decode, self.cfg.placeholder_token
+        sought = " or ".join(repr(decode([token])) for spelling in self._spellings for token in sorted(spelling))
+        end = next((end for end in range(1, len(ids) + 1) if text in decode(ids[:end])), 0)
+        start = next((start for start in reversed(range(end)) if text in decode(ids[start:end])), 0)
+        there = ", ".join(repr(decode([token])) for token in ids[start:end])
+        spelt = (
+            f"the text has {text!r} {decode(ids).count(text)} times, first as {there}" if end else "not in the text"
+        )
+        return DataError(
+            f"{what} (looked for the token {sought}; {spelt}): mend the row, or take another --placeholder_token"
+        )
+
+    def _store(self, ids: list[int], places: list[int], labels: list[int] | list[float], number: int) -> None:
         """Close the row with an eos, so that the last placeholder has a token after it, and cut it."""
-        places = [place for place, token in enumerate(ids) if token == self._placeholder]
-        if len(places) != len(labels):
-            self.dropped["labels and --placeholder_token differ in number"] += 1
-            return
         if ids[-1:] != [self._eos] or places[-1:] == [len(ids) - 1]:
             ids = [*ids, self._eos]
         kept = [place for place in places if place < self.limit - 1]
@@ -181,3 +224,17 @@ def single_token(tokenizer: Any, text: str, flag: str) -> int:
     if len(ids) != 1:
         raise UsageError(f"{flag}: {text!r} is {len(ids)} tokens of this tokenizer; give one that is a single token")
     return ids[0]
+
+
+def spellings(tokenizer: Any, text: str, flag: str) -> list[frozenset[int]]:
+    """Return the ids that are ``text`` in a sentence: those without, then those with a space before it, if any.
+
+    In each set are the token itself and those that hold line breaks behind it too: vocabularies have such for signs.
+    Raises :class:`UsageError` where ``text`` itself is not one token.
+    """
+    single_token(tokenizer, text, flag)
+    found = []
+    for space in ("", " "):
+        tries = [tokenizer.encode(f"{space}{text}{rest}", add_special_tokens=False) for rest in ("", "\n", "\n\n")]
+        found.append(frozenset(ids[0] for ids in tries if len(ids) == 1))
+    return [ids for ids in found if ids]

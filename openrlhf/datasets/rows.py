@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,10 @@ from openrlhf.datasets.store import RowStore, RowWriter
 from openrlhf.datasets.templates import Renderer
 from openrlhf.errors import DataError
 
+SOURCES = frozenset(
+    {"dataset", "dataset_probs", "train_split", "eval_dataset", "eval_split", "max_samples", "tokenizer_chat_template"}
+)
+"""Flags that say where rows and template come from. Kept rows depend on what came from there, and not on its name."""
 logger = logging.getLogger(__name__)
 
 
@@ -85,7 +90,8 @@ class TokenisedRows:
         ``cache`` is a file to keep them in, or to take them from when it holds just these.
         """
         make = partial(self._make, rows, required)
-        settings = (type(self).__name__, self.cfg, self.limit, required)
+        flags = {item.name: getattr(self.cfg, item.name) for item in fields(self.cfg) if item.name not in SOURCES}
+        settings = (type(self).__name__, type(self.cfg).__name__, flags, self.limit, required)
         key = cache_key(rows, self.tokenizer, *settings) if cache and self.PARTS else None
         if cache and key:
             self._rows, facts = kept_rows(cache, key, self.PARTS, make)

@@ -84,7 +84,7 @@ class SFTDataset(TokenisedRows):
         super().__init__(tokenizer, data_cfg, data_cfg.max_len, render, name)
         self._eos = tokens.eos_of(tokenizer)
         self._split_rows = 0
-        self._marked = data_cfg.multiturn and tokens.has_generation_block(tokenizer)
+        self._marked = data_cfg.multiturn and tokenizer.is_fast and tokens.has_generation_block(tokenizer)
         self._read(rows, self._required(), cache)
 
     def __getitem__(self, index: int) -> SFTRow:
@@ -177,28 +177,12 @@ class SFTDataset(TokenisedRows):
             return
         messages = messages[: turns[-1] + 1]
         if self._marked and self._render.guard(messages, where) == messages:
-            self._store_marked(number, messages)
+            self._store(number, *self._render.marked(messages, where))
         elif cut := self._render.turns(messages, where):
             pieces.append((number, cut))
         else:
             self._split_rows += 1
             pieces += [(number, self._render.pair(messages[:i], messages[i : i + 1], where)) for i in turns]
-
-    def _store_marked(self, number: int, messages: list[dict]) -> None:
-        """Take the spans that the template marks with ``{% generation %}``, the end-of-turn token included."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids, mask = ids[1:], mask[1:]
-        special = tokens.special_tokens(self.tokenizer)
-        for t in range(1, len(ids)):
-            if mask[t - 1] and ids[t] in special and ids[t - 1] not in special:
-                mask[t] = 1
-        edges = [t for t in range(len(ids) + 1) if (t and mask[t - 1]) != (t < len(ids) and mask[t])]
-        self._store(number, ids, tuple(zip(edges[::2], edges[1::2], strict=True)))
 
     def _store_pieces(self, number: int, encoded: list[list[int]]) -> None:
         ids: list[int] = []

@@ -7,14 +7,15 @@ named after their split), ``type@folder`` (``json@./data`` reads ``train.jsonl``
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf import device
 from openrlhf.datasets.fields import check_keys
-from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of
-from openrlhf.datasets.local_files import first_row as first_row_of_file
+from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of, spread
+from openrlhf.datasets.local_files import some_rows as some_rows_of_file
 from openrlhf.datasets.saved import check_saved, is_saved
 from openrlhf.errors import DataError
 
@@ -55,13 +56,16 @@ def is_here(entry: str) -> bool:
     return a_type or text.startswith((".", "/", "~")) or format_of(Path(text)) is not None or Path(text).exists()
 
 
-def first_row(entry: str, split: str, *, flag: str) -> dict[str, Any]:
-    """Return the first row of a source; of JSON and CSV files no more is read."""
+def some_rows(entry: str, split: str, *, flag: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the first row of a source, the last and some between, each with where it stands.
+
+    JSON and CSV files are judged one by one, and before ``datasets`` sees them.
+    """
     found = _local_files(entry, split, flag)
     if found and found[1] and format_of(found[1][0]) in ("json", "csv"):
-        return first_row_of_file(found[1][0])
+        return [row for path in found[1] for row in some_rows_of_file(path)]
     rows = load_split(entry, split, flag=flag, required={}, or_only_split=True)
-    return rows[0] if rows is not None else {}
+    return [(f"{flag} {entry}: row {number}", rows[number]) for number in spread(range(len(rows)))]
 
 
 def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str]) -> dict[str, Any]:
@@ -143,7 +147,17 @@ def _load_files(paths: list[Path], required: Mapping[str, str]) -> Dataset:
         check_file(path, required)
     kind, names = format_of(paths[0]), [str(path) for path in paths]
     options = _csv_options(paths, required) if kind == "csv" else {}
-    return _call_datasets("load_dataset", ", ".join(names), kind, data_files=names, split="train", **options)
+    options |= {"name": _version(paths), "data_files": names, "split": "train"}
+    return _call_datasets("load_dataset", ", ".join(names), kind, **options)
+
+
+def _version(paths: list[Path]) -> str:
+    """Return a name for the content of files, which ``datasets`` keeps under it: other files of the same path and age,
+    as archives unpack them, would be taken for these. The time of a change to an inode cannot be set.
+    """
+    stats = [path.stat() for path in paths]
+    text = repr([(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _csv_options(paths: list[Path], required: Mapping[str, str]) -> dict[str, Any]:

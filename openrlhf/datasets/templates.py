@@ -49,7 +49,9 @@ class Renderer:
         self.spelled = spelled or ("text" if apply_chat_template else "token")
         self.rows_spelling = 0
         self._last_spelling = ""
-        self._special = tuple({str(token) for token in special_tokens(tokenizer).values()})
+        special = special_tokens(tokenizer)
+        self._special_ids = set(special)
+        self._special = tuple({str(token) for token in special.values()})
         longest_first = sorted(self._special, key=len, reverse=True)
         self._spells = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -129,16 +131,33 @@ class Renderer:
         pieces[-1] = pieces[-1].rstrip("\n")
         return pieces
 
+    def marked(self, messages: list[dict], where: str) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+        """Return the token ids of one rendering, and the first and last position of each span that the template
+        encloses in ``{% generation %}``, up to its end-of-turn token.
+
+        Blocks end before that token, behind it, or behind the white space that follows it: all of them mean the turn.
+        """
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self._apply(messages, where, **options)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids, mask = ids[1:], mask[1:]
+        edges = [t for t in range(len(ids) + 1) if (t and mask[t - 1]) != (t < len(ids) and mask[t])]
+        spans = zip(edges[::2], edges[1::2], strict=True)
+        return ids, tuple((start, self._end_of_turn(ids, start, end)) for start, end in spans)
+
     def conversation(self, messages: list[dict], where: str, generation_prompt: bool = False) -> str:
         """Return the chat template's text of ``messages``."""
+        messages = self.guard(messages, where)
+        return self._one_bos(self._apply(messages, where, tokenize=False, add_generation_prompt=generation_prompt))
+
+    def _apply(self, messages: list[dict], where: str, **options: Any) -> Any:
+        """Call the tokenizer's ``apply_chat_template``; what a template refuses becomes a :class:`DataError`."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        messages = self.guard(messages, where)
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
-            )
-            return self._one_bos(text)
+            return self.tokenizer.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is not valid Jinja ({error}): mend it, or give another with "
@@ -147,6 +166,13 @@ class Renderer:
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise DataError(f"{where}: the chat template refuses the roles {roles}: {error}") from error
+
+    def _end_of_turn(self, ids: list[int], start: int, end: int) -> int:
+        """Return where the turn ends that a template marks as ``[start, end)``: behind its end-of-turn token."""
+        last = next((t for t in reversed(range(start, end)) if ids[t] in self._special_ids), None)
+        if last is not None and not self.tokenizer.decode(ids[last + 1 : end]).strip():
+            return last + 1
+        return end + (end < len(ids) and ids[end] in self._special_ids)
 
     def _without_tail(self, answer: str) -> str:
         """Drop the white space that a template puts between an end-of-turn token and the next turn."""

@@ -442,7 +442,7 @@ FAMILY = [
         "steps without labels",
         PRM,
         lines({**STEPS[0], "label": []}),
-        (r"1 dropped .labels and --placeholder_token differ",),
+        (r"row 0: 0 labels and 2 placeholders; give one label a step", "--placeholder_token"),
     ),
 ]
 CASES = DATA + MODELS + FAMILY

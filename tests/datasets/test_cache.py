@@ -1,5 +1,6 @@
 """Tokenised rows are made once, and used again only for just the same rows, tokenizer, settings and code."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,10 +13,12 @@ import pytest
 from openrlhf.config.groups import PreferenceDataConfig, SFTDataConfig
 from openrlhf.config.supervised import ProcessDataConfig, UnpairedDataConfig
 from openrlhf.datasets import cache
+from openrlhf.datasets.blending import load_train_eval
 from openrlhf.datasets.cache import cache_key, kept_rows
 from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.datasets.process_reward import ProcessRewardDataset
 from openrlhf.datasets.reward import PreferenceDataset
+from openrlhf.datasets.rows import SOURCES
 from openrlhf.datasets.sft import SFTDataset
 from openrlhf.datasets.unpaired_preference import UnpairedPreferenceDataset
 from openrlhf.errors import DataError, InfraError
@@ -121,6 +124,30 @@ def test_other_rows_and_other_settings_are_made_anew(chatml, tmp_path, rows, opt
     again = build(chatml, tmp_path / "rows", rows, **options)
     assert Counted.made == 2
     assert fingerprint(again) == fingerprint(build(chatml, None, rows, **options))
+
+
+def test_data_that_is_renamed_or_moved_is_not_made_anew_and_what_replaces_it_is(chatml, tmp_path):
+    def read(path):
+        cfg = SFTDataConfig(**CONFIG | {"dataset": str(path)})
+        train, _ = load_train_eval(cfg, 0, "first_exhausted")
+        return Counted(train, chatml, cfg, cache=tmp_path / "run" / "train.rows")
+
+    old, new = tmp_path / "a.jsonl", tmp_path / "elsewhere" / "b.jsonl"
+    old.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    first = read(old)
+    new.parent.mkdir()
+    old.rename(new)
+    assert fingerprint(read(new)) == fingerprint(first) and Counted.made == 1
+    old.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    assert read(old)[0] == first[7] and Counted.made == 2
+
+
+def test_flags_that_choose_rows_are_in_the_key_by_the_rows_they_choose(chatml, tmp_path):
+    options = {"dataset_probs": "1", "train_split": "a", "eval_dataset": "e", "eval_split": "b", "max_samples": 9}
+    build(chatml, tmp_path / "rows")
+    build(chatml, tmp_path / "rows", **options)
+    assert Counted.made == 1
+    assert {item.name for item in dataclasses.fields(SFTDataConfig)} >= SOURCES
 
 
 def test_another_tokenizer_template_or_code_is_another_key(chatml, tmp_path, monkeypatch):

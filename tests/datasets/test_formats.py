@@ -14,6 +14,7 @@ from openrlhf.datasets.formats import (
     DEMONSTRATIONS,
     PAIRS,
     PROMPTS,
+    STEP_END,
     STEPWISE,
     UNPAIRED,
     recognise,
@@ -32,7 +33,7 @@ WRONG = {"role": "assistant", "content": "It is 72."}
 
 
 def keys_of(cfg, formats, row):
-    changed, words = with_standard_keys(cfg, formats, row)
+    changed, words = with_standard_keys(cfg, formats, [("row 0", row)])
     return {name: getattr(changed, name) for name in vars(cfg) if name.endswith("_key")}, words
 
 
@@ -88,6 +89,7 @@ def test_a_key_flag_that_is_set_wins(flags, words):
         ),
         ({"chosen": "a b", "rejected": "a c"}, ""),
         ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, ""),
+        ({"prompt": "a", "chosen": "a b", "rejected": "c"}, "--prompt_key prompt"),
         ({"prompt": "a", "good": "b", "bad": "c"}, ""),
     ],
 )  # fmt: skip
@@ -99,7 +101,7 @@ def test_pairs_whose_keys_are_given_are_read_as_they_say():
     row = {"prompt": [USER], "chosen": [BOT], "rejected": [WRONG], "better": [BOT]}
     assert keys_of(PreferenceDataConfig(dataset="d", chosen_key="better"), PAIRS, row)[1] == ""
     cfg = PreferenceDataConfig(dataset="d", prompt_key="better")
-    assert with_standard_keys(cfg, PAIRS, row) == (cfg, "")
+    assert with_standard_keys(cfg, PAIRS, [("row 0", row)]) == (cfg, "")
 
 
 def test_unpaired_answers_and_solutions_in_steps():
@@ -133,8 +135,8 @@ def test_a_format_may_take_the_default_of_a_key_away():
     assert keys_of(KDDataConfig(), DEMONSTRATIONS, talk | {"output": "x"})[1] == ""
 
 
-def test_a_solution_in_steps_becomes_a_text_with_a_placeholder_a_step():
-    assert stepwise_text(["2 + 3", "= 5"], [True, True], "<s>", "row 0") == "2 + 3 <s>\n= 5 <s>"
+def test_a_solution_in_steps_becomes_a_text_with_a_mark_a_step():
+    assert stepwise_text(["2 + 3", "= 5"], [True, True], "row 0") == f"2 + 3 {STEP_END}\n= 5 {STEP_END}"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_a_solution_in_steps_becomes_a_text_with_a_placeholder_a_step():
 )
 def test_steps_and_labels_that_do_not_fit_name_the_row(steps, labels, message):
     with pytest.raises(DataError, match=message):
-        stepwise_text(steps, labels, "<s>", "row 7")
+        stepwise_text(steps, labels, "row 7")
 
 
 def test_two_conversations_share_what_stands_before_their_first_different_answer():
@@ -251,6 +253,75 @@ def test_columns_are_found_in_every_kind_of_source(tmp_path, name):
 def test_text_without_an_answer_is_an_error_that_names_the_flags(write_lines, chatml):
     with pytest.raises(UsageError, match="--output_key is missing: name the column of the answer"):
         read(write_lines, [{"input": "a", "output": "b"}], SFTDataset, SFTDataConfig, chatml)
+
+
+EXPLICIT = {"prompt": "Hi", "chosen": "b", "rejected": "c"}
+TALK = {"prompt": [USER], "chosen": [BOT], "rejected": [WRONG]}
+
+
+@pytest.mark.parametrize("odd", [0, 20, 39])
+@pytest.mark.parametrize(
+    ("usual", "other", "read"),
+    [
+        (EXPLICIT, {"prompt": "Hi", "chosen": "Hi b", "rejected": "Hi c"}, "with --prompt_key prompt"),
+        (TALK, TALK | {"chosen": [USER, BOT], "rejected": [USER, WRONG]}, "with --apply_chat_template"),
+    ],
+)
+def test_rows_of_two_formats_are_an_error_that_names_one_of_each(write_lines, odd, usual, other, read):
+    rows = [usual] * 40
+    rows[odd] = other
+    path = write_lines("a.jsonl", rows)
+    cfg = PreferenceDataConfig(dataset=str(path))
+    second = odd + 1 if odd else 5
+    with pytest.raises(DataError, match=rf"a\.jsonl:1 is to be read .*a\.jsonl:{second} ") as caught:
+        recognised(cfg, PAIRS, str(path), "train")
+    assert read in str(caught.value) and "make them alike" in str(caught.value)
+
+
+def test_a_first_row_without_a_prompt_does_not_take_the_prompts_of_the_others_away(write_lines):
+    path = write_lines("a.jsonl", [{"chosen": "b", "rejected": "c"}, EXPLICIT])
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 is to be read as the flags say, but .*:2 with --prompt_key prompt"
+    ):
+        recognised(PreferenceDataConfig(dataset=str(path)), PAIRS, str(path), "train")
+
+
+@pytest.mark.parametrize("other", [{"chosen": "b", "rejected": "c"}, TALK, {"messages": [USER, BOT]}])
+def test_columns_that_are_missing_or_of_another_type_are_left_to_the_loader(write_lines, other):
+    path = write_lines("a.jsonl", [EXPLICIT, other])
+    cfg = recognised(PreferenceDataConfig(dataset=str(path)), PAIRS, str(path), "train")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: (no key 'prompt'|'\w+' is a list here and a str in)"):
+        load_train_eval(cfg, 0, "first_exhausted")
+
+
+def test_the_sources_of_a_mixture_have_one_format(write_lines, tmp_path):
+    import datasets
+
+    path = write_lines("a.jsonl", [EXPLICIT])
+    held = EXPLICIT | {"chosen": "Hi b", "rejected": "Hi c"}
+    datasets.Dataset.from_list([held] * 30).to_parquet(tmp_path / "b.parquet")
+    spec = f"{path},{tmp_path / 'b.parquet'}"
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 is to be read .*, but --dataset .*b\.parquet: row 0 as the flags"
+    ):
+        recognised(PreferenceDataConfig(dataset=spec), PAIRS, spec, "train")
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (EXPLICIT | {"prompt": None}, "--prompt_key prompt"),
+        (EXPLICIT | {"prompt": " "}, "--prompt_key prompt"),
+        ({"chosen": None}, "--prompt_key prompt"),
+    ],
+)
+def test_rows_with_a_blank_column_do_not_say_what_the_others_are(odd, words):
+    for rows in ([odd, EXPLICIT], [EXPLICIT, odd]):
+        pairs = [(f"row {number}", row) for number, row in enumerate(rows)]
+        assert with_standard_keys(PreferenceDataConfig(dataset="d"), PAIRS, pairs)[1] == words
+    talks = [{"messages": []}, {"messages": [USER, BOT]}]
+    pairs = [(f"row {number}", row) for number, row in enumerate(talks)]
+    assert "--apply_chat_template" in with_standard_keys(SFTDataConfig(dataset="d"), DEMONSTRATIONS, pairs)[1]
 
 
 @pytest.mark.parametrize("content", ["", "\n", "[]", "[1]\n", "7\n"])

@@ -63,15 +63,12 @@ def test_steps_beyond_max_len_lose_their_labels(chatml):
 def test_rows_that_cannot_be_used_are_dropped_and_counted(chatml):
     rows = [
         ROW,
-        ROW | {"label": ["+"]},
-        ROW | {"label": ["+", "-", "-"]},
         {"input": "nothing", "label": []},
         {"input": "1 " * 70 + "*", "label": ["+"]},
     ]
     data = ProcessRewardDataset(rows, chatml, config())
     assert len(data) == 1
     assert data.dropped == {
-        "labels and --placeholder_token differ in number": 2,
         "no placeholder": 1,
         "no placeholder within --max_len 64": 1,
     }
@@ -98,6 +95,9 @@ def test_without_reward_tokens_a_label_is_any_token(chatml):
         (ROW | {"label": "+"}, {}, DataError, r"row 0: 'label' \(--label_key\) is a list .*found str"),
         (ROW | {"label": [0.5, 1.5]}, {}, DataError, "a number from 0 to 1; found 1.5"),
         (ROW | {"label": [0.5, "+"]}, {}, DataError, "true or false, or a number from 0 to 1; found '\\+'"),
+        (ROW | {"label": ["+"]}, {}, DataError, "row 0: 1 labels and 2 placeholders; give one label a step"),
+        (ROW | {"label": ["+"] * 3}, {}, DataError, "row 0: 3 labels and 2 placeholders"),
+        (ROW | {"label": []}, {}, DataError, "row 0: 0 labels and 2 placeholders"),
         (SOFT, {"reward_tokens": None}, UsageError, "name two --reward_tokens"),
         (SOFT, {"reward_tokens": ("+", "-", "0")}, UsageError, "name two --reward_tokens"),
     ],
@@ -142,6 +142,66 @@ def test_steps_in_a_list_are_the_answer_of_a_conversation(chatml):
     text = "<|im_start|>user\n1 + 1 + 2?<|im_end|>\n<|im_start|>assistant\n1 + 1 = 2 *\n2 + 2 = 5 *<|im_end|>"
     assert chatml.decode(data[0].token_ids) == text
     assert marked(chatml, data.collate([data[0]])) == (["*", "*"], [1.0, 0.0])
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A byte-level tokenizer to which ``*``, `` *``, and both with a line break behind them are four tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("Ġ", "*"), ("Ġ*", "Ċ"), ("*", "Ċ"), ("*", "*"), ("Ġ*", "*")]
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def shown(tokenizer, rows, **options):
+    data = ProcessRewardDataset(rows, tokenizer, config(**options))
+    assert not data.dropped
+    return [data.preview(number)[0] for number in range(len(data))]
+
+
+def test_a_placeholder_behind_a_space_is_found_although_it_is_another_token(merging):
+    rows = [{"input": f"1 {end}= 2{end}2 + 2 = 5 *", "label": ["+", "-", "-"]} for end in (" *", " *\n")]
+    assert shown(merging, rows) == ["1 « *»= 2« *»2 + 2 = 5« *»<|end|>", "1 « *\\n»= 2« *\\n»2 + 2 = 5« *»<|end|>"]
+    bare = [{"input": "2 * 3 = 6.*\nOr 7*", "label": ["+", "-"]}]
+    assert shown(merging, bare) == ["2 * 3 = 6.«*\\n»Or 7«*»<|end|>"]
+
+
+def test_steps_in_a_list_end_where_they_end_whatever_else_they_hold(merging):
+    row = STEPS | {"completions": ["2 * 3 = 6", "2*3 = 7 ", ""], "labels": [True, False, True]}
+    lines = "1 + 1 + 2?\\n2 * 3 = 6« *»\\n2*3 = 7 « *»\\n« *»<|end|>"
+    assert shown(merging, [row], **KEYS) == [lines]
+
+
+def test_one_token_is_the_placeholder_in_all_rows(merging):
+    rows = [{"input": "1 + 1 = 2 *", "label": ["+"]}, {"input": "2*3 = 6 *", "label": ["+"]}]
+    assert shown(merging, rows) == ["1 + 1 = 2« *»<|end|>", "2*3 = 6« *»<|end|>"]
+    rows = [{"input": "1 + 1 = 2*", "label": ["+"]}, {"input": "6 *", "label": ["+"]}]
+    with pytest.raises(DataError, match="row 1: 1 labels and 0 placeholders"):
+        shown(merging, rows)
+
+
+def test_a_placeholder_that_is_not_found_says_what_was_looked_for_and_what_is_there(merging):
+    says = (
+        r"row 0: 1 labels and 0 placeholders.*looked for the token '\*'.* or ' \*'.*has '\*' 2 times, first as '\*\*'"
+    )
+    with pytest.raises(DataError, match=says):
+        shown(merging, [{"input": "1 + 1 = 2**", "label": ["+"]}])
+    with pytest.raises(DataError, match="1 labels and 0 placeholders.*; not in the text"):
+        shown(merging, [{"input": "1 + 1 = 2", "label": ["+"]}])
+
+
+def test_a_chat_template_that_hides_steps_is_refused_with_the_row(merging):
+    merging.chat_template = (
+        "{{ messages[0]['content'] }}{% if messages[1] %}: {{ messages[1]['content'][:9] }}{% endif %}"
+    )
+    with pytest.raises(DataError, match="row 0: the chat template shows 0 of 2 steps"):
+        shown(merging, [STEPS], **KEYS, apply_chat_template=True)
 
 
 def test_the_preview_marks_the_ends_of_steps_and_names_their_labels(chatml):

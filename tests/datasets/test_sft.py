@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from openrlhf.config.groups import SFTDataConfig
 from openrlhf.datasets.sft import SFTDataset
@@ -115,6 +116,54 @@ def test_a_template_that_marks_its_turns_gives_the_same_tokens_and_mask(chatml, 
     tokenizer = marked(tiny_tokenizer(tmp_path), MARKED_TEMPLATE)
     cfg = chat_config(output_key=None, multiturn=True)
     assert one(tokenizer, {"input": CONVERSATION}, cfg) == one(chatml, {"input": CONVERSATION}, cfg)
+
+
+def turn_template(marked, outside):
+    """Return a ChatML template whose generation block holds ``marked``; ``outside`` follows it."""
+    return (
+        "{% for message in messages %}{% if message['role'] == 'tool' %}"
+        "{{ raise_exception('no tools') }}{% endif %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ " + marked + " }}{% endgeneration %}"
+        "{{ " + outside + " }}{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+BLOCKS = [
+    ("message['content'] + '<|im_end|>\\n'", "''"),
+    ("message['content'] + '<|im_end|>' + '\\n' + ' '", "''"),
+    ("message['content'] + '<|im_end|>'", "'\\n'"),
+    ("message['content']", "'<|im_end|>\\n'"),
+]
+
+
+@pytest.mark.parametrize(("block", "outside"), BLOCKS)
+def test_wherever_a_generation_block_ends_the_turn_ends_with_its_end_of_turn_token(tmp_path, block, outside):
+    tokenizer = marked(tiny_tokenizer(tmp_path), turn_template(block, outside))
+    row = one(tokenizer, {"input": CONVERSATION}, chat_config(output_key=None, multiturn=True))
+    golden = [token for turn in ("It is 42.", "The answer is 72.") for token in [*tokenizer.encode(turn), 2]]
+    assert [token for token, kept in zip(row.token_ids[1:], row.loss_mask, strict=True) if kept] == golden
+    assert row.token_ids.count(2) == len(CONVERSATION) and row.token_ids[-1] == 2
+
+
+def test_white_space_at_the_end_of_an_answer_is_trained_as_it_is(tmp_path):
+    tokenizer = marked(tiny_tokenizer(tmp_path), turn_template(*BLOCKS[0]))
+    talk = [*CONVERSATION[:2], CONVERSATION[2] | {"content": "It is 42.\n\n"}, *CONVERSATION[3:]]
+    row = one(tokenizer, {"input": talk}, chat_config(output_key=None, multiturn=True))
+    assert trained_text(tokenizer, row) == "It is 42.\n\n<|im_end|>The answer is 72.<|im_end|>"
+
+
+def test_roles_that_a_template_with_generation_blocks_refuses_name_the_row(tmp_path):
+    tokenizer = marked(tiny_tokenizer(tmp_path), turn_template(*BLOCKS[0]))
+    rows = [{"input": CONVERSATION}, {"input": [{"role": "tool", "content": "x"}, *CONVERSATION]}]
+    with pytest.raises(DataError, match="row 1: the chat template refuses the roles tool, system, .*: no tools"):
+        SFTDataset(rows, tokenizer, chat_config(output_key=None, multiturn=True))
+
+
+def test_a_tokenizer_that_knows_no_positions_finds_the_turns_by_their_texts():
+    tokenizer = marked(ByT5Tokenizer(), turn_template("message['content'] + '</s>'", "'\\n'"))
+    row = one(tokenizer, {"input": CONVERSATION}, chat_config(output_key=None, multiturn=True, max_len=999))
+    assert trained_text(tokenizer, row) == "It is 42.</s>The answer is 72.</s>"
 
 
 def test_an_output_message_is_the_last_turn_of_a_multiturn_row(chatml):

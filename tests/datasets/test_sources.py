@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import datasets
 import pytest
 
 from openrlhf.config.groups import SFTDataConfig
 from openrlhf.datasets.blending import blending_datasets, load_train_eval
-from openrlhf.datasets.sources import first_row, is_here
+from openrlhf.datasets.sources import is_here, load_split, some_rows
 from openrlhf.errors import DataError
 
 
@@ -130,11 +131,23 @@ def test_the_second_source_must_have_the_columns_of_the_first(tmp_path):
         load_train_eval(config, 0, "first_exhausted")
 
 
-def test_the_first_row_tells_the_columns_of_any_source(tmp_path):
-    folder = written(tmp_path / "d", train=("csv", 2), test=("csv", 1))
-    table(2).save_to_disk(tmp_path / "saved")
-    for entry in (folder, folder / "train.csv", tmp_path / "saved", f"csv@{folder}"):
-        assert set(first_row(str(entry), "train", flag="--dataset")) == {"input", "output"}
+def test_some_rows_of_any_source_say_what_it_holds(tmp_path):
+    folder = written(tmp_path / "d", train=("csv", 40), test=("csv", 1))
+    table(40).save_to_disk(tmp_path / "saved")
+    (tmp_path / "list.json").write_text(json.dumps(rows(40, "t")))
+    for entry in (folder, folder / "train.csv", tmp_path / "saved", f"csv@{folder}", tmp_path / "list.json"):
+        found = some_rows(str(entry), "train", flag="--dataset")
+        assert all(set(row) == {"input", "output"} for _, row in found) and len(found) < 20
+        assert [row["input"][1:] for _, row in (found[0], found[1], found[-1])] == ["0", "4", "39"]
+    assert some_rows(str(folder / "train.csv"), "train", flag="--dataset")[1][0] == f"{folder / 'train.csv'}:6"
+
+
+def test_a_file_that_replaces_another_of_the_same_path_and_age_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        path.write_text(json.dumps({"input": text}) + "\n")
+        os.utime(path, (1000, 1000))
+        assert load_split(str(path), "train", flag="--dataset", required={})[0] == {"input": text}
 
 
 @pytest.mark.parametrize(
