@@ -15,9 +15,10 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from openrlhf.config.needs import ENGINES
 from openrlhf.errors import InfraError
 from openrlhf.ray.cluster import is_ours, worker_environment
-from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.ray.placement import Placement
 
 LOG = logging.getLogger(__name__)
 SHARE = 0.2
@@ -65,9 +66,10 @@ class Slots:
         except GetTimeoutError:
             for look in looks:
                 ray.cancel(look, force=True)
+            devices = ", ".join(map(str, self.spans[index]))
             raise InfraError(
-                f"No answer within {timeout_s:.0f} s from devices {', '.join(map(str, self.spans[index]))} of the run, "
-                "on which a vLLM engine is to start: others hold them, or their node is lost."
+                f"No answer within {timeout_s:.0f} s from devices {devices} of the run, on which a vLLM engine is "
+                "to start: others hold them, or their node is lost."
             ) from None
 
     def _place(self, bundle: int) -> dict[str, Any]:
