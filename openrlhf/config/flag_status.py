@@ -194,7 +194,11 @@ NO_EFFECT_HERE = {
     "overlong_penalty_factor": NoEffect("it needs --overlong_buffer_len", _unset("overlong_buffer_len")),
     **dict.fromkeys(
         ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
-        NoEffect("it needs --enable_vllm_is_correction", _unset("enable_vllm_is_correction")),
+        NoEffect(
+            "it needs --enable_vllm_is_correction, and a --policy_loss_type that does not take its ratio against the "
+            "engine at once, as gspo does",
+            lambda v, gpu: not v["enable_vllm_is_correction"] or POLICY_LOSSES[v["policy_loss_type"]].of_sequences,
+        ),
     ),
     **dict.fromkeys(
         ("prm_placeholder_token", "prm_reward_tokens"), NoEffect("it needs --prm_pretrain", _unset("prm_pretrain"))
