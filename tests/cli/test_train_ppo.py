@@ -120,6 +120,6 @@ def test_actors_on_ray_that_share_every_weight_generate_too(material, alone, tmp
 
 def test_a_dry_run_prints_who_holds_what_and_leaves_nothing_behind(material, tmp_path):
     done = run([*words(material, tmp_path), "--dry_run"])
-    assert "1 rank, on each: actor, critic, reference, reward model" in done.stdout
+    assert "1 rank, on each: actor, ref, critic, reward\n" in done.stdout
     assert "of at most 6 tokens, from the policy itself" in done.stdout
     assert list(tmp_path.iterdir()) == []
