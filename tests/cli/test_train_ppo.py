@@ -88,7 +88,7 @@ def assert_same_run(folder: Path, other: Path, abs: float) -> None:
 def test_two_ranks_that_share_every_weight_do_what_one_does(material, alone, tmp_path):
     flags = {"zero_stage": 3, "save_steps": 1}
     done = run(on_two_ranks(words(material, tmp_path, **flags)))
-    assert done.stdout.count("where    cpu, 2 ranks, on each: actor, critic, reference, reward model, ZeRO-3") == 1
+    assert done.stdout.count("where    cpu, 2 ranks, on each: actor, ref, critic, reward, ZeRO-3") == 1
     assert_same_run(tmp_path, alone, 1e-5)
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"global_step1", "global_step2"}
     whole = {path.name for path in (tmp_path / "ckpt" / "global_step2").iterdir()}
