@@ -125,8 +125,10 @@ NO_EFFECT_HERE = {
     "actor_init_on_gpu": NoEffect("DeepSpeed moves the model to its device"),
     "compute_fp32_loss": NoEffect("rewards and their loss are always fp32"),
     "perf": NoEffect("the time of each phase is always recorded"),
-    "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
-    "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
+    **dict.fromkeys(
+        ("vllm_sync_backend", "vllm_sync_with_ray"),
+        NoEffect("weights travel through Ray's object store, with GPUs too"),
+    ),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "deepspeed_enable_sleep": NoEffect(
         "it needs a GPU and --zero_stage 1 to 3; --adam_offload keeps the states in main memory anyway",
