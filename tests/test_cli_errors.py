@@ -13,7 +13,8 @@ import pytest
 from openrlhf.cli.common import run
 from openrlhf.cli.train_ppo_ray import placement_problems
 from openrlhf.config.arguments import parse
-from openrlhf.config.ppo import PPOConfig, RayPPOConfig
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import DataError, InfraError, NumericError, UsageError
 from tests.helpers import tiny_causal_lm, tiny_tokenizer

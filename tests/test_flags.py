@@ -11,7 +11,8 @@ from openrlhf.config.algorithms import ESTIMATORS
 from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import PPOConfig, RayPPOConfig
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.serve import ServeConfig
 from openrlhf.config.supervised import (
     DPOConfig,

@@ -25,10 +25,7 @@ def plan(config: PPOConfig, ranks: int) -> list[str]:
 
 def placement(config: PPOConfig, ranks: int) -> str:
     """Return which models the ranks hold, in one line."""
-    rewards = len(config.model.reward_models)
-    held = {"actor": 1, "critic": config.critic_source, "reference": config.loads_reference, "reward model": rewards}
-    models = ", ".join(name for name, there in held.items() if there) + (f" x{rewards}" if rewards > 1 else "")
-    return f"{ranks} rank{'s' if ranks > 1 else ''}, on each: {models}"
+    return f"{ranks} rank{'s' if ranks > 1 else ''}, on each: {', '.join(config.role_names)}"
 
 
 def prompts(config: PPOConfig) -> Any:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.cli.common import run
+from openrlhf.config.needs import ENGINES
 from openrlhf.config.plan import plan_lines
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo import ACTOR, CRITIC, PROCESS, REFERENCE
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.errors import UsageError
-from openrlhf.ray.placement import ENGINES, PROCESS, Placement
+from openrlhf.ray.placement import Placement
 from openrlhf.strategy import signals
 from openrlhf.trainer.setup import Run, open_run
 
@@ -28,7 +30,7 @@ RESERVE_S = 600.0
 def plan(config: RayPPOConfig, _: int) -> list[str]:
     """Return the plan of a run; the ranks are those of the placement, not of a launcher."""
     placement = Placement.from_config(config)
-    ranks = placement.role("actor").workers
+    ranks = placement.role(ACTOR).workers
     return plan_lines(config, ranks, placement=placement.describe(), memory=placement.memory(config))
 
 
@@ -98,19 +100,19 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
         watch.get(pending)
         engines.sleep()  # until the first weights come: the models need room to load
     remote = _for_workers(config)
-    pending += groups["actor"].setup(PolicyWorker, remote, max_steps=max_steps)
-    if "critic" in groups:
-        pending += groups["critic"].setup(CriticWorker, remote, max_steps=max_steps)
-    if "ref" in groups:
-        pending += groups["ref"].setup(ReferenceWorker, remote)
+    pending += groups[ACTOR].setup(PolicyWorker, remote, max_steps=max_steps)
+    if CRITIC in groups:
+        pending += groups[CRITIC].setup(CriticWorker, remote, max_steps=max_steps)
+    if REFERENCE in groups:
+        pending += groups[REFERENCE].setup(ReferenceWorker, remote)
     for role, path in zip(placement.rewards, remote.model.reward_models, strict=True):
         pending += groups[role.name].setup(RewardWorker, remote, path=path)
     if PROCESS in groups:
         pending += groups[PROCESS].setup(ProcessRewardWorker, remote)
     rewards = [groups[role.name] for role in placement.rewards]
-    critic, reference = groups.get("critic"), groups.get("ref")
+    critic, reference = groups.get(CRITIC), groups.get(REFERENCE)
     process, shared = groups.get(PROCESS), placement.learners_share
-    roles = Roles(groups["actor"], critic, reference, rewards, process, shared=shared)
+    roles = Roles(groups[ACTOR], critic, reference, rewards, process, shared=shared)
     watch.get(pending)
     if engines is None:
         engine = PolicyEngine(roles.policy)

@@ -125,8 +125,10 @@ NO_EFFECT_HERE = {
     "actor_init_on_gpu": NoEffect("DeepSpeed moves the model to its device"),
     "compute_fp32_loss": NoEffect("rewards and their loss are always fp32"),
     "perf": NoEffect("the time of each phase is always recorded"),
-    "vllm_sync_with_ray": NoEffect("the weight sync chooses its own way"),
-    "vllm_sync_backend": NoEffect("weights travel through Ray's object store"),
+    **dict.fromkeys(
+        ("vllm_sync_backend", "vllm_sync_with_ray"),
+        NoEffect("weights travel through Ray's object store, with GPUs too"),
+    ),
     "vllm_enable_sleep": NoEffect("without a GPU an engine has no GPU memory to free", _on_cpu),
     "deepspeed_enable_sleep": NoEffect(
         "it needs a GPU and --zero_stage 1 to 3; --adam_offload keeps the states in main memory anyway",
@@ -194,7 +196,11 @@ NO_EFFECT_HERE = {
     "overlong_penalty_factor": NoEffect("it needs --overlong_buffer_len", _unset("overlong_buffer_len")),
     **dict.fromkeys(
         ("vllm_is_correction_type", "vllm_is_truncated_threshold"),
-        NoEffect("it needs --enable_vllm_is_correction", _unset("enable_vllm_is_correction")),
+        NoEffect(
+            "it needs --enable_vllm_is_correction, and a --policy_loss_type that does not take its ratio against the "
+            "engine at once, as gspo does",
+            lambda v, gpu: not v["enable_vllm_is_correction"] or POLICY_LOSSES[v["policy_loss_type"]].of_sequences,
+        ),
     ),
     **dict.fromkeys(
         ("prm_placeholder_token", "prm_reward_tokens"), NoEffect("it needs --prm_pretrain", _unset("prm_pretrain"))

@@ -8,12 +8,12 @@ from typing import Any
 
 from openrlhf.config.groups import LoRAConfig
 from openrlhf.config.memory import Memory, Sharding, backward, forward, frozen, key_values, trained
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import ACTOR, CRITIC, PROCESS, REFERENCE, PPOConfig
 from openrlhf.config.shapes import Shape, shape_of
 
 GIB = 2**30
-PROCESS = "prm"
-"""The role of the process reward model."""
+ENGINES = "vllm"
+"""The role of the vLLM engines."""
 CARDS = {"24 GB": 23.6, "40 GB": 39.4, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}
 """GiB that a card of that name has."""
 RESERVED = 1.5 * GIB
@@ -78,11 +78,11 @@ def ppo_roles(config: PPOConfig, ranks: Mapping[str, int], share: float = 0.0) -
 
     Args:
         config: the run.
-        ranks: of every role that the run has: ``actor``, ``ref``, ``critic``, ``reward``, ``reward-2``, ...
+        ranks: of every role that the run has, see ``PPOConfig.role_names``.
         share: of a card that a vLLM engine takes.
     """
     longest, models = config.rollout.max_model_len, config.model
-    sources = {"actor": models.pretrain, "ref": models.pretrain, "critic": config.critic_source}
+    sources = {ACTOR: models.pretrain, REFERENCE: models.pretrain, CRITIC: config.critic_source}
     sources |= dict(zip(models.reward_names, models.reward_models, strict=True)) | {
         PROCESS: config.reward.prm_pretrain
     }
@@ -90,20 +90,20 @@ def ppo_roles(config: PPOConfig, ranks: Mapping[str, int], share: float = 0.0) -
     unknown = next((str(sources[name]) for name, shape in shapes.items() if shape is None), None)
     if unknown is not None:
         return unknown
-    scored = config.rollout.micro_rollout_batch_size * longest
+    scored = _rank_tokens(config, config.rollout.micro_rollout_batch_size, config.scoring_budget, longest)
     roles = []
     for name, count in ranks.items():
         shape, sharding = shapes[name], sharding_of(config, count)
-        if name in ("actor", "critic"):
-            shape = shape.with_scalar_head if name == "critic" else shape
+        if name in (ACTOR, CRITIC):
+            shape = shape.with_scalar_head if name == CRITIC else shape
             role = _learner(name, shape, config, _train_tokens(config, longest), sharding)
             role.phases["score"] = forward(shape, scored, sharding)
         else:
-            shape = shape if name in ("ref", PROCESS) else shape.with_scalar_head
+            shape = shape if name in (REFERENCE, PROCESS) else shape.with_scalar_head
             held = frozen(shape.parameters, frozen_sharding(config, count, config.reward.ref_reward_offload))
             role = RoleMemory(name, held, {"score": forward(shape, scored, sharding)})
         roles.append(role)
-    return roles + _generation(config, roles, shapes["actor"], share)
+    return roles + _generation(config, roles, shapes[ACTOR], share)
 
 
 def _generation(config: PPOConfig, roles: list[RoleMemory], shape: Shape, share: float) -> list[RoleMemory]:
@@ -116,7 +116,7 @@ def _generation(config: PPOConfig, roles: list[RoleMemory], shape: Shape, share:
         return []
     parts = config.vllm.vllm_tensor_parallel_size
     held = Memory(weights=shape.parameters * width / parts)
-    return [RoleMemory("vllm", held, {"generate": Memory(cache=key_values(shape, longest, width) / parts)}, share)]
+    return [RoleMemory(ENGINES, held, {"generate": Memory(cache=key_values(shape, longest, width) / parts)}, share)]
 
 
 def need_lines(roles: list[RoleMemory] | str, pools: Sequence[Pool]) -> list[str]:
@@ -193,10 +193,17 @@ def adapter_parameters(shape: Shape, lora: LoRAConfig) -> int:
 
 
 def _train_tokens(config: Any, length: int) -> int:
-    """Return the tokens of a micro-batch of training on one rank, at most: rows of ``length`` tokens, none shorter."""
-    budget = config.batch.max_tokens_per_gpu
-    rows = config.batch.micro_train_batch_size * length // config.attention.ring_attn_size
-    return rows if budget is None else max(budget, length // config.attention.ring_attn_size)
+    """Return the tokens of a micro-batch of training on one rank, at most."""
+    return _rank_tokens(config, config.batch.micro_train_batch_size, config.batch.max_tokens_per_gpu, length)
+
+
+def _rank_tokens(config: Any, rows: int, budget: int | None, length: int) -> int:
+    """Return the tokens on one rank of ``rows`` rows of ``length`` tokens, or what a token budget makes of them.
+
+    A ring deals each row over its ranks; a row that is longer than the budget is alone.
+    """
+    ring = config.attention.ring_attn_size
+    return rows * length // ring if budget is None else max(budget, length // ring)
 
 
 def sharding_of(config: Any, ranks: int) -> Sharding:

@@ -10,7 +10,7 @@ from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
 from openrlhf.config.groups import BatchConfig
-from openrlhf.config.needs import PROCESS, Pool, need_lines, ppo_roles, supervised_roles
+from openrlhf.config.needs import Pool, need_lines, ppo_roles, supervised_roles
 from openrlhf.config.ppo import PPOConfig
 
 WIDTH = 100
@@ -54,10 +54,7 @@ def _memory_lines(config: Any, ranks: int) -> list[str]:
     if not isinstance(config, PPOConfig):
         roles = supervised_roles(config, ranks)
     else:
-        has_critic = config.critic_source is not None
-        names = ["actor", *["ref"] * config.loads_reference, *["critic"] * has_critic, *config.model.reward_names]
-        names += [PROCESS] * bool(config.reward.prm_pretrain)
-        roles = ppo_roles(config, dict.fromkeys(names, ranks))
+        roles = ppo_roles(config, dict.fromkeys(config.role_names, ranks))
     names = [] if isinstance(roles, str) else [role.name for role in roles]
     return need_lines(roles, [Pool(names, at_once=False)])
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from openrlhf.ops.masking import masked_sum, row_means
 
-CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
 MAX_LOG_WEIGHT = 20.0
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -50,22 +49,23 @@ def rollout_correction(
         log_probs: ``(B, T)`` of the policy before the update.
         engine_log_probs: ``(B, T)`` from the engine that sampled.
         mask: ``(B, T)`` true on actions; elsewhere the inputs may hold anything.
-        kind: one of ``CORRECTIONS``.
+        kind: one of those above.
         low: smallest weight.
         high: largest weight.
 
     Raises:
         ValueError: for any other kind.
     """
-    if kind not in CORRECTIONS:
-        raise ValueError(f"unknown correction {kind!r}: choose one of {', '.join(CORRECTIONS)}")
     mask = mask.bool()
     gap = torch.where(mask, log_probs - engine_log_probs, 0.0)
     raw = gap.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
-    judged = raw
     if kind == "seq-mask-tis":
         mean = row_means(gap, mask).clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
         judged = mean[:, None].expand_as(raw)
+    elif kind in ("tis", "icepop"):
+        judged = raw
+    else:
+        raise ValueError(f"unknown correction {kind!r}")
     outside = mask & ((judged < low) | (judged > high))
     weights = raw.clamp(low, high) if kind == "tis" else torch.where(outside, 0.0, raw)
     weights, count = torch.where(mask, weights, 0.0), mask.sum()

@@ -33,7 +33,8 @@ SHOWN_PROMPTS = 16
 
 
 class Seat:
-    """The place of one engine, and the actor that sits there now.
+    """The place of one engine, and the actor that sits there now; nobody while an engine that was lost asleep is not
+    asked for anything, because others use the memory that a new one would load into.
 
     Args:
         slots: where engines run.
@@ -50,6 +51,7 @@ class Seat:
         self._answer: Any = None
         self._awaited: list[tuple[str, Any]] = []
         self._current = False
+        self._empty = False
         self._losses, self._lost_at = 0, 0.0
         self._sit()
 
@@ -61,7 +63,11 @@ class Seat:
 
     def ask(self, method: str, *arguments: Any) -> None:
         """Begin a call of the engine; it is done when :attr:`waits_for` is empty."""
+        if self._empty and (method, *arguments) == ("call", "sleep"):
+            return
         self._call = (method, arguments)
+        if self._empty:
+            self._refill()
         self._begin()
 
     @property
@@ -89,6 +95,8 @@ class Seat:
     def replace(self, why: str, most: int = LOSSES) -> None:
         """Put a new actor in the place of the one that is lost, which does its work again.
 
+        One that may sleep and is asked for nothing leaves the place empty until the next call.
+
         Raises:
             InfraError: too many were lost since this engine last answered prompts.
         """
@@ -96,15 +104,24 @@ class Seat:
         asked = f" while it was asked to {self._doing()}" if self._call else ""
         if self._losses > most:
             raise InfraError(f"{self.name} was lost {self._losses} times{asked}. The last time: {why}")
-        LOG.warning("%s was lost%s; starting a new one. %s", self.name, asked, why)
+        self._empty = self._call is None and self._model[1].get("sleep", False)
+        then = "a new one starts when it is needed" if self._empty else "starting a new one"
+        LOG.warning("%s was lost%s; %s. %s", self.name, asked, then, why)
         self._lost_at = time.monotonic()
         self._watch.forget(self._watched)
         ray.kill(self.actor)
-        self._sit()
         self._awaited, self._current = [], False
-        self._queue("setup", *self._model)
+        if self._empty:
+            return
+        self._refill()
         if self._call:
             self._begin()
+
+    def _refill(self) -> None:
+        """Start a new engine, which loads the model."""
+        self._empty = False
+        self._sit()
+        self._queue("setup", *self._model)
 
     def _doing(self) -> str:
         """Return the call that is under way, for a message; a prompt of it may be to blame."""

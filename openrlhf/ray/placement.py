@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openrlhf import device
-from openrlhf.config.needs import PROCESS, Pool, need_lines, ppo_roles
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.needs import ENGINES, Pool, need_lines, ppo_roles
+from openrlhf.config.ppo import ACTOR, CRITIC, PROCESS, REFERENCE
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.errors import UsageError
 
 SHARED_GPU_MEMORY = 0.4
-ENGINES = "vllm"
-"""The process reward model, which is placed as reward models are."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,7 @@ class Placement:
     """The layout of a PPO run.
 
     Attributes:
-        roles: worker groups: ``actor``; ``critic`` when advantages need one; ``ref`` when a KL penalty needs a model
-            of its own; ``reward``, ``reward-2``, ... one for each reward model; ``prm`` for one of
-            processes.
+        roles: worker groups, one for each of ``PPOConfig.role_names``.
         engines: vLLM engines; 0 means that the policy generates.
         tensor_parallel: devices of one engine.
         engine_pool: pool of the engines.
@@ -72,7 +69,7 @@ class Placement:
             roles=roles,
             engines=sizes.engines,
             tensor_parallel=sizes.vllm_tensor_parallel_size,
-            engine_pool="actor" if shared else ENGINES,
+            engine_pool=ACTOR if shared else ENGINES,
             gpu_memory_utilization=min(memory, SHARED_GPU_MEMORY) if shared and memory >= 0.9 else memory,
             engine_sleep=sizes.vllm_enable_sleep and shared,
             notices=tuple(notices),
@@ -109,8 +106,8 @@ class Placement:
     @property
     def learners_share(self) -> bool:
         """Whether the critic has the devices of the actor."""
-        critic = self.role("critic")
-        return critic is not None and critic.pool == self.role("actor").pool
+        critic = self.role(CRITIC)
+        return critic is not None and critic.pool == self.role(ACTOR).pool
 
     @property
     def slots(self) -> int:
@@ -123,14 +120,15 @@ class Placement:
         return names + [ENGINES] * bool(self.engines and self.engine_pool == pool)
 
     def threads(self, name: str) -> dict[str, str]:
-        """Return the thread settings of one worker of role ``name`` (or of an engine, ``"vllm"``).
+        """Return the thread settings of one worker of role ``name`` (or of an engine, ``ENGINES``).
 
         Groups that work at the same time share the cores of a node: actor and critic while they train, everybody while
         rollouts are scored. Engines generate while the others wait.
         """
         if name == ENGINES:
             return device.thread_environment(max(1, self.engines * self.tensor_parallel))
-        busy = [role for role in self.roles if name not in ("actor", "critic") or role.name in ("actor", "critic")]
+        learners = (ACTOR, CRITIC)
+        busy = [role for role in self.roles if name not in learners or role.name in learners]
         return device.thread_environment(sum(role.per_node for role in busy))
 
     def describe(self) -> list[str]:
@@ -149,7 +147,7 @@ class Placement:
     def memory(self, config: RayPPOConfig) -> list[str]:
         """Return what the roles need in memory, and which cards have room for those that share a device."""
         roles = ppo_roles(config, {role.name: role.workers for role in self.roles}, self.gpu_memory_utilization)
-        rests = config.placement.deepspeed_enable_sleep
+        rests = config.optimizer_rests
         pools = [Pool(self.occupants(pool), self.engine_sleep, rests) for pool in self.pools]
         return need_lines(roles, pools)
 
@@ -184,29 +182,28 @@ class Placement:
 
 def _roles(config: RayPPOConfig) -> tuple[Role, ...]:
     """Return the groups that the flags ask for; the pool is named after the first role in it."""
-    flags, algorithm = config.placement, config.algorithm
-    has_critic = algorithm.estimator.needs_critic
-    roles = [Role("actor", flags.actor_num_nodes, flags.actor_num_gpus_per_node, "actor")]
-    if config.loads_reference:
-        shared = flags.colocate_actor_ref or flags.colocate_all_models
-        roles.append(Role("ref", flags.ref_num_nodes, flags.ref_num_gpus_per_node, "actor" if shared else "ref"))
-    with_critic = flags.colocate_critic_reward and has_critic
-    everywhere = "actor" if flags.colocate_all_models and not with_critic else ""
-    if has_critic:
-        pool = everywhere or "critic"
-        roles.append(Role("critic", flags.critic_num_nodes, flags.critic_num_gpus_per_node, pool))
-    for name in config.model.reward_names:
-        pool = everywhere or ("critic" if with_critic else name)
-        roles.append(Role(name, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
-    if config.reward.prm_pretrain:
-        pool = everywhere or ("critic" if with_critic else PROCESS)
-        roles.append(Role(PROCESS, flags.reward_num_nodes, flags.reward_num_gpus_per_node, pool))
-    return tuple(roles)
+    return tuple(Role(name, *_size(config, name), _pool(config, name)) for name in config.role_names)
+
+
+def _size(config: RayPPOConfig, name: str) -> tuple[int, int]:
+    """Return the nodes of a role, and its ranks on each."""
+    flags, kind = config.placement, _flag_name(name)
+    return getattr(flags, f"{kind}_num_nodes"), getattr(flags, f"{kind}_num_gpus_per_node")
+
+
+def _pool(config: RayPPOConfig, name: str) -> str:
+    """Return whose devices a role has; models of rewards, also of processes, may have those of the critic."""
+    flags = config.placement
+    with_critic = flags.colocate_critic_reward and CRITIC in config.role_names
+    if with_critic and name not in (ACTOR, REFERENCE):
+        return CRITIC
+    shared = flags.colocate_all_models or (name == REFERENCE and flags.colocate_actor_ref)
+    return ACTOR if shared else name
 
 
 def _notices(config: RayPPOConfig, names: set[str]) -> list[str]:
     flags, sizes, found = config.placement, config.vllm, []
-    if flags.colocate_critic_reward and "critic" not in names:
+    if flags.colocate_critic_reward and CRITIC not in names:
         found.append("--colocate_critic_reward has no effect: there is no critic")
     if sizes.vllm_enable_sleep and not flags.colocate_all_models:
         found.append("--vllm_enable_sleep has no effect without --colocate_all_models: engines keep their devices")
@@ -216,25 +213,25 @@ def _notices(config: RayPPOConfig, names: set[str]) -> list[str]:
 
 
 def _ring_problem(role: Role, ring: int) -> str:
-    name = _flag_name(role)
+    name = _flag_name(role.name)
     return (
         f"--ring_attn_size {ring}: the {role.workers} ranks of the {name} model cannot be dealt to rings of {ring}: "
         f"change --{name}_num_nodes or --{name}_num_gpus_per_node, or lower the flag"
     )
 
 
-def _flag_name(role: Role) -> str:
-    """Return what the flags for the size of a role begin with."""
-    return "reward" if role.name == PROCESS else role.name.split("-")[0]
+def _flag_name(name: str) -> str:
+    """Return what the flags for the size of the role ``name`` begin with."""
+    return "reward" if name == PROCESS else name.split("-")[0]
 
 
 def _size_problem(config: RayPPOConfig, first: Role, other: Role) -> str:
     flags = config.placement
-    if flags.colocate_all_models and not (first.pool == "critic" and flags.colocate_critic_reward):
+    if flags.colocate_all_models and not (first.pool == CRITIC and flags.colocate_critic_reward):
         cause = "--colocate_all_models"
     else:
-        cause = "--colocate_actor_ref" if first.name == "actor" else "--colocate_critic_reward"
-    one, two = _flag_name(first), _flag_name(other)
+        cause = "--colocate_actor_ref" if first.name == ACTOR else "--colocate_critic_reward"
+    one, two = _flag_name(first.name), _flag_name(other.name)
     return (
         f"{cause} shares devices between {one} and {two}: --{one}_num_nodes {first.nodes} --{one}_num_gpus_per_node "
         f"{first.per_node} must equal --{two}_num_nodes {other.nodes} --{two}_num_gpus_per_node {other.per_node}"

@@ -11,15 +11,19 @@ from itertools import groupby
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from openrlhf.config.needs import ENGINES
 from openrlhf.errors import InfraError
 from openrlhf.ray.cluster import is_ours, worker_environment
-from openrlhf.ray.placement import ENGINES, Placement
+from openrlhf.ray.placement import Placement
 
 LOG = logging.getLogger(__name__)
 SHARE = 0.2
+LOOK_S = 120.0
+"""How long to wait until a process in a bundle has told which GPUs it is."""
 HINT = "Lower *_num_gpus_per_node or --vllm_num_engines, or share devices with --colocate_all_models."
 
 
@@ -48,12 +52,25 @@ class Slots:
         runtime_env = {"env_vars": {**worker_environment(), **self.environment}}
         return {**self._place(self.bundles[index]), "runtime_env": runtime_env}
 
-    def devices(self, index: int) -> tuple[int, ...]:
-        """Return the GPUs of worker ``index`` where Ray gives it only one of them; to be asked before it starts."""
+    def devices(self, index: int, timeout_s: float = LOOK_S) -> tuple[int, ...]:
+        """Return the GPUs of worker ``index`` where Ray gives it only one of them; to be asked before it starts.
+
+        Raises:
+            InfraError: not all bundles had told theirs after ``timeout_s`` seconds.
+        """
         if not self.spans or self.resource != "GPU":
             return ()
         looks = [_gpus.options(**self._place(bundle)).remote() for bundle in self.spans[index]]
-        return tuple(int(gpu) for gpus in ray.get(looks) for gpu in gpus)
+        try:
+            return tuple(int(gpu) for gpus in ray.get(looks, timeout=timeout_s) for gpu in gpus)
+        except GetTimeoutError:
+            for look in looks:
+                ray.cancel(look, force=True)
+            devices = ", ".join(map(str, self.spans[index]))
+            raise InfraError(
+                f"No answer within {timeout_s:.0f} s from devices {devices} of the run, on which a vLLM engine is "
+                "to start: others hold them, or their node is lost."
+            ) from None
 
     def _place(self, bundle: int) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=bundle)

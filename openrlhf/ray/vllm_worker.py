@@ -1,29 +1,51 @@
 """What runs inside a vLLM worker process: new weights for a model that is already serving.
 
 vLLM mixes :class:`WeightReloader` into its own worker class (``worker_extension_cls``), so ``self`` has vLLM's
-``reload_weights`` and ``model_runner``.
+``vllm_config``, ``model_config`` and ``model_runner``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from torch import nn
 
-from torch import Tensor, nn
+from openrlhf.rollout.weights import Weights
 
 
 class WeightReloader:
-    """Adds ``load_policy_weights`` to a vLLM worker; called through ``LLM.collective_rpc``."""
+    """Adds an update of all weights, bucket by bucket, to a vLLM worker; called through ``LLM.collective_rpc``.
 
-    def load_policy_weights(self, weights: Iterable[tuple[str, Tensor]], repack_tied_head: bool = True) -> None:
-        """Replace every weight by ``weights``, which carry the names of the Hugging Face checkpoint.
+    A layer is put in place as soon as all its weights are there; what has come of it until then is kept.
+    """
+
+    def begin_weights(self) -> None:
+        """Await all weights anew."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model_runner.get_model())
+
+    def take_weights(self, bucket: Weights) -> None:
+        """Load some weights, which carry the names of the Hugging Face checkpoint; a tied head may be left out."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(bucket)
+
+    def end_weights(self, repack_tied_head: bool) -> None:
+        """Put what has come in place.
 
         Args:
-            weights: the whole model; a tied head may be left out or sent once more.
             repack_tied_head: see :func:`repack_tied_heads`; off only to show what happens without it.
         """
-        self.reload_weights(weights_iterator=iter(weights))
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.model_config)
         if repack_tied_head and self.model_config.hf_text_config.tie_word_embeddings:
-            repack_tied_heads(self.model_runner.get_model())
+            repack_tied_heads(model)
 
 
 def repack_tied_heads(model: nn.Module) -> int:

@@ -6,8 +6,7 @@ from typing import Any
 
 from openrlhf.ray.engines import RayEngines
 from openrlhf.ray.group import RayGroup
-
-BUCKET_BYTES = 256 * 2**20
+from openrlhf.rollout.weights import BUCKET_BYTES
 
 
 class RayWeightSync:

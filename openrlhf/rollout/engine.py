@@ -36,10 +36,3 @@ class WeightSync(Protocol):
     def push(self, version: int) -> None:
         """Return when every engine serves the policy's present weights under ``version``."""
         ...
-
-
-class NoWeightSync:
-    """The engine is the policy itself: nothing has to be carried."""
-
-    def push(self, version: int) -> None:
-        """Do nothing."""

@@ -14,6 +14,7 @@ from openrlhf import device
 from openrlhf.errors import DataError, InfraError, UsageError
 from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams, sample_seed
+from openrlhf.rollout.weights import BUCKET_BYTES, alone, in_buckets
 from openrlhf.strategy import signals
 
 PREFILL_TOKENS = 4096
@@ -109,11 +110,18 @@ class VLLMEngine:
         outputs = self._run([(prompt.token_ids, seed) for prompt, seed in wanted], sampling)
         return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(wanted, outputs, strict=True)]
 
-    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Serve ``weights`` (all of them, named as in the checkpoint) from now on, as policy ``version``."""
-        if self.tensor_parallel_size > 1:
-            weights = list(weights)  # crosses process borders
-        self.llm.collective_rpc("load_policy_weights", args=(weights, self.repack_tied_head))
+    def update_weights(
+        self, weights: Iterable[tuple[str, Any]], version: int, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """Serve ``weights`` (all of them, named as in the checkpoint) from now on, as policy ``version``.
+
+        They are taken about ``bucket_bytes`` at a time.
+        """
+        self.llm.collective_rpc("begin_weights")
+        for bucket in in_buckets(weights, bucket_bytes):
+            several = self.tensor_parallel_size > 1  # then it crosses process borders
+            self.llm.collective_rpc("take_weights", args=(alone(bucket) if several else bucket,))
+        self.llm.collective_rpc("end_weights", args=(self.repack_tied_head,))
         self._empty_prefix_cache()
         self.version = version
 

@@ -14,7 +14,7 @@ import pytest
 
 from openrlhf.cli import train_dpo, train_kd, train_kto, train_ppo_ray, train_prm, train_rm, train_sft
 from openrlhf.cli.common import run
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from tests.cli.bad_inputs import CASES, good_models, prepare
 
 ROOT = Path(__file__).resolve().parents[2]

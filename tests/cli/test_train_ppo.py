@@ -91,7 +91,7 @@ def assert_same_run(folder: Path, other: Path, within: float) -> None:
 def test_two_ranks_that_share_every_weight_do_what_one_does(material, alone, tmp_path):
     flags = {"zero_stage": 3, "save_steps": 1}
     done = run(on_two_ranks(words(material, tmp_path, **flags)))
-    assert done.stdout.count("where    cpu, 2 ranks, on each: actor, critic, reference, reward model, ZeRO-3") == 1
+    assert done.stdout.count("where    cpu, 2 ranks, on each: actor, ref, critic, reward, ZeRO-3") == 1
     assert_same_run(tmp_path, alone, 1e-5)
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"global_step1", "global_step2"}
     whole = {path.name for path in (tmp_path / "ckpt" / "global_step2").iterdir()}
@@ -123,6 +123,6 @@ def test_actors_on_ray_that_share_every_weight_generate_too(material, alone, tmp
 
 def test_a_dry_run_prints_who_holds_what_and_leaves_nothing_behind(material, tmp_path):
     done = run([*words(material, tmp_path), "--dry_run"])
-    assert "1 rank, on each: actor, critic, reference, reward model" in done.stdout
+    assert "1 rank, on each: actor, ref, critic, reward\n" in done.stdout
     assert "of at most 6 tokens, from the policy itself" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 
 from openrlhf.config.arguments import parse, to_flat_dict
 from openrlhf.config.flags import flag, flag_table
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.supervised import RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 

@@ -6,7 +6,7 @@ import pytest
 
 from openrlhf.config.continuing import FREE_FLAGS, FREE_GROUPS, IN_THE_LAYOUT, changed_flags, longer, training_flags
 from openrlhf.config.flags import flag_table
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 
 COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, RayPPOConfig)

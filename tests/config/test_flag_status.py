@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from openrlhf.config.algorithms import PAIR_LOSSES
-from openrlhf.config.arguments import parse
+from openrlhf.config.arguments import parse, to_flat_dict
 from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, missing_packages, no_effect_notices, status
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
-from openrlhf.config.ppo import RayPPOConfig, RolloutConfig
+from openrlhf.config.ppo import RolloutConfig
+from openrlhf.config.ppo_ray import PlacementConfig, RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
 from openrlhf.errors import UsageError
 from openrlhf.strategy.deepspeed_config import train_config
@@ -181,6 +184,8 @@ NO_USE = [
     ("train_ppo_ray", "--overlong_penalty_factor 2"),
     ("train_ppo_ray", "--vllm_is_correction_type icepop"),
     ("train_ppo_ray", "--vllm_is_truncated_threshold 2"),
+    ("train_ppo_ray", "--enable_vllm_is_correction --policy_loss_type gspo --vllm_is_correction_type icepop"),
+    ("train_ppo_ray", "--enable_vllm_is_correction --policy_loss_type gspo --vllm_is_truncated_threshold 2"),
     ("train_ppo_ray", "--advantage_estimator reinforce --freezing_actor_steps 5"),
     ("train_ppo_ray", "--max_len 100"),
     ("train_ppo_ray", "--disable_ds_ckpt --save_steps 5"),
@@ -225,6 +230,14 @@ def test_what_a_pair_loss_does_not_read_is_told_by_its_entry(loss, capsys):
 def test_there_is_no_reference_to_offload_where_the_loss_has_none(loss, told):
     values = {"zero_stage": 3, "ref_offload": True, "lora_rank": 0, "loss": loss, "pretrain": "p"}
     assert len(no_effect_notices(values, {"ref_offload"}, gpu=True)) == told
+
+
+@pytest.mark.parametrize("flags", product((0, 1, 2, 3), (False, True)))
+def test_optimizer_states_rest_where_the_flag_is_not_said_to_be_idle(flags):
+    deepspeed = DeepSpeedConfig(zero_stage=flags[0], adam_offload=flags[1])
+    config = RayPPOConfig(deepspeed=deepspeed, placement=PlacementConfig(deepspeed_enable_sleep=True))
+    told = no_effect_notices(to_flat_dict(config), {"deepspeed_enable_sleep"}, gpu=True)
+    assert config.optimizer_rests == (told == [])
 
 
 def test_a_limit_that_leaves_no_room_for_an_answer_is_not_used():

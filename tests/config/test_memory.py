@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from openrlhf.config.arguments import parse
-from openrlhf.config.memory import Memory, Sharding, frozen, key_values, trained
+from openrlhf.config.memory import Memory, Sharding, forward, frozen, key_values, trained
 from openrlhf.config.needs import Pool, need_lines, phase_needs, ppo_roles, supervised_roles
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.shapes import shape_of
 from openrlhf.config.supervised import DPOConfig
 from openrlhf.ray.placement import Placement
@@ -130,6 +130,41 @@ def test_an_engine_that_sleeps_and_states_that_rest_leave_their_room_to_others()
 
 PPO_8B = ["--pretrain", "meta-llama/Meta-Llama-3-8B", "--reward_pretrain", "r", "--prompt_data", "p", "--bf16"]
 PPO_8B += ["--vllm_num_engines", "1", "--zero_stage", "2"]
+
+
+def scored(*words: str) -> float:
+    """Return the bytes of a forward of the reference that scores."""
+    config = parse(RayPPOConfig, [*PPO_8B, "--micro_rollout_batch_size", "4", *words], "train_ppo_ray")[0]
+    return (
+        next(role for role in ppo_roles(config, {"actor": 2, "ref": 2}) if role.name == "ref").phases["score"].working
+    )
+
+
+def test_a_forward_that_scores_has_the_tokens_of_its_budget_and_of_its_part_of_a_ring():
+    longest = 2048
+    one, shape = scored("--micro_rollout_batch_size", "1"), shape_of("meta-llama/Meta-Llama-3-8B")
+    assert one == forward(shape, longest, Sharding(2, 2, bf16=True)).working
+    assert scored("--dry_run", "--ring_attn_size", "2") == scored("--micro_rollout_batch_size", "2")
+    budget = ["--use_dynamic_batch", "--train_max_tokens_per_gpu"]
+    assert scored(*budget, str(3 * longest)) == scored("--micro_rollout_batch_size", "3")
+    assert scored(*budget, str(3 * longest), "--rollout_max_tokens_per_gpu", str(5 * longest)) == scored(
+        "--micro_rollout_batch_size", "5"
+    )
+    assert scored(*budget, "7") == one, "a row is never cut"
+
+
+def need(*words: str) -> str:
+    """Return the line of the estimate about devices that all models of a run share."""
+    reward = ["--reward_pretrain", "meta-llama/Meta-Llama-3-8B", "--colocate_all_models", *ranks(1)]
+    config = parse(RayPPOConfig, [*PPO_8B, *reward, *words], "train_ppo_ray")[0]
+    return next(line for line in Placement.from_config(config).memory(config) if "GiB a device" in line)
+
+
+@pytest.mark.parametrize(
+    ("words", "rests"), [("--zero_stage 2", True), ("--zero_stage 0", False), ("--adam_offload", False)]
+)
+def test_states_that_were_never_moved_leave_no_room(words, rests):
+    assert (need(*words.split(), "--deepspeed_enable_sleep") != need(*words.split())) == rests
 
 
 def test_the_estimate_imports_neither_torch_nor_transformers():

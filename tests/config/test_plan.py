@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf.cli import train_ppo
 from openrlhf.config.arguments import parse
 from openrlhf.config.plan import plan_lines
-from openrlhf.config.ppo import RayPPOConfig
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.supervised import SFTConfig
+from openrlhf.ray.placement import Placement
 
 SFT = ["--pretrain", "model", "--dataset", "rows.jsonl", "--output_key", "answer"]
 SFT += ["--train_batch_size", "20", "--micro_train_batch_size", "4"]
@@ -92,6 +95,16 @@ def test_rewards_of_steps_and_texts_are_planned_too():
     assert "reward: of steps alone\n  process reward: p at every x\n" in text
     assert "beside it: 128 texts of t in every optimizer step, times 0.2" in text
     assert "texts" not in plan(RayPPOConfig, PPO, 1)
+
+
+def test_the_process_reward_model_is_one_of_the_models_of_a_run(tmp_path):
+    words = [*PPO, "--prm_pretrain", "p", "--prm_placeholder_token", "x", "--prm_reward_tokens", "+", "-"]
+    names = ("actor", "ref", "critic", "reward", "reward-2", "prm")
+    assert parse(PPOConfig, words, "train_ppo")[0].role_names == names
+    config = parse(RayPPOConfig, words, "train_ppo_ray")[0]
+    assert config.role_names == tuple(role.name for role in Placement.from_config(config).roles) == names
+    local = parse(PPOConfig, [*words, "--lora_rank", "4", "--advantage_estimator", "reinforce"], "train_ppo")[0]
+    assert "on each: actor, reward, reward-2, prm\n" in "\n".join([*train_ppo.plan(local, 1), ""])
 
 
 def test_an_estimator_without_a_critic_says_so():

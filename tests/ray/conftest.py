@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
+from openrlhf.config.ppo import AlgorithmConfig, PPOModelConfig
+from openrlhf.config.ppo_ray import PlacementConfig, RayPPOConfig, VLLMConfig
 from openrlhf.ray import cluster
 from openrlhf.ray.placement import Placement
 

@@ -17,6 +17,7 @@ from openrlhf.ray.engines import RayEngines, Seat
 from openrlhf.ray.group import RayGroup, Watch
 from openrlhf.ray.slots import reserve
 from openrlhf.ray.weight_sync import RayWeightSync
+from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, SamplingParams
 from tests.helpers import tiny_folder
 from tests.ray.conftest import placement_of
@@ -94,6 +95,27 @@ def test_an_engine_that_dies_while_nobody_asks_it_is_replaced_before_it_is_asked
     with caplog.at_level(logging.INFO, logger="openrlhf.ray.engines"):
         policy.get(policy.run("wait", seconds=5))
         assert said(caplog, "vLLM engine 0 was lost;")
+        assert engines.generate(PROMPTS, SAMPLING) == calm
+    assert said(caplog, "vLLM engine 0 serves again")
+
+
+def test_an_engine_that_dies_asleep_is_replaced_when_it_is_needed_again_and_not_before(fleet, caplog, monkeypatch):
+    policy, engines, sync = fleet
+    policy.get(policy.run(TinyPolicy.learn, seed=4))
+    sync.push(4)
+    calm, seat = engines.generate(PROMPTS, SAMPLING), engines.seats[0]
+    monkeypatch.setitem(seat._model[1], "sleep", True)
+    engines.sleep()
+    lost = seat.actor
+    os.kill(pid_of(seat), signal.SIGKILL)
+    with caplog.at_level(logging.INFO, logger="openrlhf.ray.engines"):
+        policy.get(policy.run("wait", seconds=5))
+        assert said(caplog, "vLLM engine 0 was lost; a new one starts when it is needed", "SIGKILL")
+        engines.sleep()
+        assert seat.actor is lost and not seat.waits_for
+        engines.wake_up(WEIGHTS)
+        assert seat.actor is not lost
+        engines.wake_up(CACHE)
         assert engines.generate(PROMPTS, SAMPLING) == calm
     assert said(caplog, "vLLM engine 0 serves again")
 

@@ -83,6 +83,14 @@ def two_adders(resource: str):
     remove_placement_group(slots.group)
 
 
+@ray.remote
+class Holder:
+    """Has a device to itself."""
+
+    def ready(self) -> None:
+        """Return once it has it."""
+
+
 @pytest.fixture(scope="module")
 def group(local_ray):
     with two_adders(local_ray) as workers:
@@ -197,6 +205,18 @@ def test_an_engine_picks_the_devices_of_its_seat_when_ray_leaves_the_list_alone(
 
     seen, own = ray.get(devices.remote())
     assert len(own) == 2 and seen == ",".join(str(number) for number in own)
+
+
+def test_an_engine_whose_devices_do_not_answer_ends_the_wait_for_them(local_ray):
+    placement = placement_of(actors=2, engines=1, tensor_parallel=2, colocate_all_models=True)
+    shared = reserve(placement, local_ray, timeout_s=30)
+    slots = shared["vllm"]
+    assert len(set(slots.devices(0))) == 2
+    holder = Holder.options(**{**shared["actor"].options(1), "num_gpus": 1}).remote()
+    ray.get(holder.ready.remote(), timeout=60)
+    with pytest.raises(InfraError, match="No answer within 2 s from devices 0, 1 .*others hold them"):
+        slots.devices(0, timeout_s=2)
+    remove_placement_group(slots.group)
 
 
 def test_workers_with_a_strategy_form_one_process_group(local_ray):

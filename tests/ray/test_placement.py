@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from openrlhf.config.groups import AttentionConfig, LoRAConfig
-from openrlhf.config.ppo import AlgorithmConfig, PlacementConfig, PPOModelConfig, RayPPOConfig, VLLMConfig
+from openrlhf.config.ppo import AlgorithmConfig, PPOModelConfig
+from openrlhf.config.ppo_ray import PlacementConfig, RayPPOConfig, VLLMConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
 from openrlhf.ray.slots import bundles_by_node, spans_by_node

@@ -14,6 +14,7 @@ from openrlhf.ray.slots import reserve
 from openrlhf.ray.weight_sync import RayWeightSync
 from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, SamplingParams
+from openrlhf.rollout.weights import in_buckets
 from tests.helpers import tiny_causal_lm, tiny_folder
 from tests.ray.conftest import placement_of
 from tests.rollout.test_vllm_engine import gap
@@ -36,15 +37,7 @@ class TinyPolicy:
         time.sleep(seconds)
 
     def weight_buckets(self, bucket_bytes: int):
-        bucket, size = [], 0
-        for name, tensor in self.model.named_parameters():
-            bucket.append((name, tensor))
-            size += tensor.nbytes
-            if size >= bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+        yield from in_buckets(self.model.named_parameters(), bucket_bytes)
 
 
 def model_of(seed: int):

@@ -51,7 +51,7 @@ def tied(tmp_path_factory) -> VLLMEngine:
 def test_log_probs_equal_the_trainers_before_and_after_new_weights_with_a_tied_head(tied):
     for version, seed in enumerate((0, 1, 2)):
         model = model_of(seed, tied=True)
-        tied.update_weights(model.named_parameters(), version)
+        tied.update_weights(model.named_parameters(), version, bucket_bytes=20_000)
         rollouts = tied.generate(PROMPTS, SAMPLING)
         assert [rollout.policy_version for rollout in rollouts] == [version] * 8
         assert gap(model, rollouts) < 5e-6
@@ -126,7 +126,7 @@ def test_without_repacking_a_tied_head_the_engine_serves_a_mixture_of_two_polici
 def test_an_untied_head_follows_new_weights(tmp_path):
     engine = engine_on(tiny_folder(tmp_path, tied=False, hidden=64, seed=0))
     model = model_of(1, tied=False)
-    engine.update_weights(model.named_parameters(), 1)
+    engine.update_weights(model.named_parameters(), 1, bucket_bytes=1)
     assert gap(model, engine.generate(PROMPTS, SAMPLING)) < 5e-6
 
 
@@ -136,5 +136,5 @@ def test_a_model_over_two_processes_follows_new_weights(tmp_path):
     folder = tiny_folder(tmp_path, tied=True, hidden=64, num_key_value_heads=2)
     engine = engine_on(folder, tensor_parallel_size=2)
     model = tiny_causal_lm(seed=4, tied=True, hidden=64, num_key_value_heads=2)
-    engine.update_weights(model.named_parameters(), 1)
+    engine.update_weights(model.named_parameters(), 1, bucket_bytes=20_000)
     assert gap(model, engine.generate(PROMPTS, SAMPLING)) < 5e-6

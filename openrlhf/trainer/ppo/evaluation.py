@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from openrlhf.config.ppo import NO_BEST, PPOConfig
+from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo_rollout import NO_BEST
 from openrlhf.errors import UsageError
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams

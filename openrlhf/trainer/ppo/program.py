@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openrlhf.config.continuing import training_flags
-from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.ppo import CRITIC, PROCESS, REFERENCE, PPOConfig
 from openrlhf.datasets.blending import load_mixture, recognised, required_keys
 from openrlhf.datasets.preview import sample_lines
 from openrlhf.datasets.prompts import PromptDataset
@@ -118,12 +118,12 @@ def _check_folders(config: PPOConfig) -> None:
 
 def local_roles(config: PPOConfig, strategy: DeepSpeedStrategy, max_steps: int) -> Roles:
     """Return the roles that the run needs, a worker of each in every rank; ``max_steps`` as in the schedule."""
-    comm = strategy.comm
+    comm, names = strategy.comm, config.role_names
     policy = LocalGroup(PolicyWorker(config, strategy, max_steps=max_steps), comm)
-    critic = LocalGroup(CriticWorker(config, strategy, max_steps=max_steps), comm) if config.critic_source else None
-    reference = LocalGroup(ReferenceWorker(config, strategy), comm) if config.loads_reference else None
+    critic = LocalGroup(CriticWorker(config, strategy, max_steps=max_steps), comm) if CRITIC in names else None
+    reference = LocalGroup(ReferenceWorker(config, strategy), comm) if REFERENCE in names else None
     rewards = [LocalGroup(RewardWorker(config, strategy, path=path), comm) for path in config.model.reward_models]
-    process = LocalGroup(ProcessRewardWorker(config, strategy), comm) if config.reward.prm_pretrain else None
+    process = LocalGroup(ProcessRewardWorker(config, strategy), comm) if PROCESS in names else None
     return Roles(policy, critic, reference, rewards, process, shared=True, comm=comm)
 
 

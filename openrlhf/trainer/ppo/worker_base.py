@@ -143,13 +143,7 @@ class TrainedWorker(Worker):
     @property
     def _rests(self) -> bool:
         """Whether ``--deepspeed_enable_sleep`` has an effect here."""
-        flags = self.config.deepspeed
-        return (
-            self.config.optimizer_rests
-            and self.strategy.device.type != "cpu"
-            and flags.zero_stage > 0
-            and not flags.adam_offload
-        )
+        return self.config.optimizer_rests and self.strategy.device.type != "cpu"
 
     def rest(self) -> None:
         """Give device memory to others until the next update."""

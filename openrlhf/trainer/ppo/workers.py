@@ -16,6 +16,7 @@ from openrlhf.ops.masking import masked_sum
 from openrlhf.ops.policy_loss import value_loss, weight
 from openrlhf.rollout.hf_engine import HFEngine
 from openrlhf.rollout.types import Experience, Prompt, Rollout, SamplingParams, SequenceBatch
+from openrlhf.rollout.weights import Weights, in_buckets
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import merged_weights, named_weights
 from openrlhf.strategy.export import export_model
@@ -172,20 +173,14 @@ class PolicyWorker(TrainedWorker):
         with self.comm.waiting("generation"):
             return [engine.generate(part, sampling) for part in prompts]
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[Weights]:
         """Yield the weights as ``(Hugging Face name, whole CPU tensor)`` in lists of about ``bucket_bytes``.
 
         Adapters are merged into the weights that they belong to. All ranks must exhaust it; only rank 0 gets any.
         """
-        bucket, size = [], 0
-        for name, tensor in merged_weights(self.actor.model, self.strategy, wanted=self.comm.rank == 0):
-            bucket.append((name, tensor))
-            size += tensor.numel() * tensor.element_size()
-            if size >= bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+        yield from in_buckets(
+            merged_weights(self.actor.model, self.strategy, wanted=self.comm.rank == 0), bucket_bytes
+        )
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights that learn, whole, on rank 0: all of them, or the adapter's."""

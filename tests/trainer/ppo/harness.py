@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig, DeepSpeedConfig, LoggingConfig
-from openrlhf.config.ppo import (
-    AlgorithmConfig,
-    PPOModelConfig,
-    PPOOptimConfig,
-    RayPPOConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from openrlhf.config.ppo import AlgorithmConfig, PPOModelConfig, PPOOptimConfig, RewardConfig, RolloutConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.rollout.reward_process import RewardProcess
 from openrlhf.rollout.rewards import reward_source
 from openrlhf.rollout.types import Prompt, Rollout

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openrlhf.config.ppo import PPOModelConfig, RewardConfig, VLLMConfig
+from openrlhf.config.ppo import PPOModelConfig, RewardConfig
+from openrlhf.config.ppo_ray import VLLMConfig
 from openrlhf.errors import DataError, InfraError, NumericError
 from openrlhf.rollout.types import Rollout, SamplingParams
 from openrlhf.trainer.ppo.groups import LocalGroup, deal

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from openrlhf.config.arguments import parse
-from openrlhf.config.ppo import RayPPOConfig, RewardConfig
+from openrlhf.config.ppo import RewardConfig
+from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
 from openrlhf.trainer.ppo.experience import Rated
@@ -163,6 +164,12 @@ def test_what_a_process_reward_model_needs_is_said(words, problem):
     with pytest.raises(UsageError) as caught:
         parse(RayPPOConfig, [*COMMAND, *words], "train_ppo_ray")
     assert len(caught.value.problems) == 1 and problem in caught.value.problems[0]
+
+
+def test_every_kind_of_reward_is_named_where_there_is_none():
+    with pytest.raises(UsageError) as caught:
+        parse(RayPPOConfig, COMMAND[:4], "train_ppo_ray")
+    assert all(name in caught.value.problems[0] for name in ("--reward_pretrain", "--remote_rm_url", "--prm_pretrain"))
 
 
 def test_a_process_reward_model_is_reward_enough_and_placed_as_one():
