@@ -94,7 +94,7 @@ class PPOLoop:
         if not len(prompts):
             raise DataError("there are no prompts to train on")
         self.config, self.roles, self.engine, self.weight_sync = config, roles, engine, weight_sync
-        self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
+        self.maker, self.evaluator = maker, evaluator
         self.callbacks = Callbacks(callbacks)
         self.stream = PromptStream(prompts, config.batch.seed, config.rollout.num_episodes)
         self.global_step = 0
@@ -102,6 +102,11 @@ class PPOLoop:
         self.evaluating = False
         self.learned: list[Rollout] = []
         self._seconds: dict[str, float] = {}
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """All training prompts: those of the stream, which gives them out."""
+        return self.stream.prompts
 
     @property
     def steps_per_epoch(self) -> int:

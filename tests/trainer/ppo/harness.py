@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,14 @@ def solo_strategy(config: RayPPOConfig) -> DeepSpeedStrategy:
 
 def tiny_prompts(tokenizer: Any, count: int) -> list[Prompt]:
     """Return ``count`` prompts of different length."""
-    texts = ["How many clips did " + "Natalia and " * (number % 3) + f"{number} sell?" for number in range(count)]
+    return prompts_of(
+        tokenizer,
+        ["How many clips did " + "Natalia and " * (number % 3) + f"{number} sell?" for number in range(count)],
+    )
+
+
+def prompts_of(tokenizer: Any, texts: Sequence[str]) -> list[Prompt]:
+    """Return the prompts of ``texts``, which have numbers for uids and labels."""
     return [
         Prompt(str(number), text, tuple(tokenizer(text).input_ids), label=str(number))
         for number, text in enumerate(texts)
@@ -126,9 +134,14 @@ def local_roles(config: RayPPOConfig, prompts: int) -> Roles:
 
 
 def local_loop(
-    config: RayPPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
+    config: RayPPOConfig,
+    prompts: int = 16,
+    eval_prompts: int = 0,
+    stop_after: int | None = None,
+    texts: Sequence[str] = (),
 ) -> tuple[PPOLoop, Recorder]:
-    """Return a loop over ``prompts`` prompts and the recorder of its metrics."""
+    """Return a loop over ``prompts`` prompts, or over ``texts``, and the recorder of its metrics."""
+    prompts = len(texts) or prompts
     roles = local_roles(config, prompts)
     tokenizer = roles.policy.worker.tokenizer
     engine = PolicyEngine(roles.policy)
@@ -143,7 +156,7 @@ def local_loop(
     run_path = Path(config.logging.run_path)
     run_path.mkdir(exist_ok=True)
     samples = SampleLog(run_path / "samples.jsonl", tokenizer)
-    rows = tiny_prompts(tokenizer, max(prompts, eval_prompts))
+    rows = prompts_of(tokenizer, texts) if texts else tiny_prompts(tokenizer, max(prompts, eval_prompts))
     evaluator = Evaluator(config, rows[:eval_prompts], engine, maker, samples)
     recorder = Recorder(stop_after)
     layout = checkpoint_layout(config, roles)

@@ -134,8 +134,8 @@ def test_the_rest_of_an_episode_in_which_nothing_passes_ends_the_run_with_its_ev
     config = replace(config, evaluation=EvalConfig(eval_temperature=(0.0,)))
     loop, recorder = local_loop(config, prompts=12, eval_prompts=2)
     # The prompts that pass come first.
-    loop.stream._prompts = sorted(loop.prompts, key=lambda prompt: int(prompt.uid) % 3 != 1)
-    loop.stream.ahead = lambda count, skipped=0: loop.stream._prompts[loop.stream.position + skipped :][:count]
+    loop.stream.prompts = sorted(loop.prompts, key=lambda prompt: int(prompt.uid) % 3 != 1)
+    loop.stream.ahead = lambda count, skipped=0: loop.stream.prompts[loop.stream.position + skipped :][:count]
     loop.fit()
     assert (loop.global_step, loop.stream.left) == (4, 0)
     assert [step for step, _ in recorder.evaluations] == [0, 4]
