@@ -147,6 +147,8 @@ class Evaluator:
     def evaluate(self, step: int, when: str) -> dict[str, float]:
         """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after".
 
+        The engine, awake with the weights to look at, has answered everything before a model scores, and sleeps then.
+
         ``reward_auc_t1`` is how often the reward puts a better answer above a worse one (:func:`pair_accuracy`).
         :func:`pass_rates` go by the true score, else by the scores that a reward function gives beside its rewards,
         else by the rewards; but for the first temperature their names end as the others, in ``_t0``.
@@ -156,9 +158,11 @@ class Evaluator:
         """
         values: dict[str, float] = {}
         answers = []
-        samples = self.config.evaluation.eval_n_samples_per_prompt
-        for temperature in self.config.evaluation.eval_temperature:
-            rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
+        settings = self.config.evaluation
+        samples, temperatures = settings.eval_n_samples_per_prompt, settings.eval_temperature
+        sampled = [self.engine.generate(self.prompts, self._sampling(temperature)) for temperature in temperatures]
+        self.engine.sleep()
+        for temperature, rollouts in zip(temperatures, sampled, strict=True):
             rated, true_scores = self.maker.score(rollouts)
             scores = rated.scores.tolist()
             suffix = f"_t{temperature:g}" if answers else ""
@@ -173,7 +177,7 @@ class Evaluator:
                 agreement = pair_accuracy(scores, true_scores)
                 values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
             answers.append((rollouts, scores, true_scores, SHOWN, temperature))
-        wanted = self.config.evaluation.best_metric_key
+        wanted = settings.best_metric_key
         if wanted not in ("", NO_BEST, *values):
             raise UsageError(f"--best_metric_key {wanted}: the evaluation gives {', '.join(values)}; name one of them")
         # Only now: an evaluation that is broken off and repeated leaves nothing behind.

@@ -50,6 +50,7 @@ class Collected(NamedTuple):
         drawn: prompts that were asked.
         greedy: one greedy answer to each prompt, where the estimator needs them.
         rated: what the reward sources said, where they were asked already.
+        dropped: uids of the prompts whose answers a filter left out.
         metrics: of how the samples came about.
     """
 
@@ -57,6 +58,7 @@ class Collected(NamedTuple):
     drawn: int
     greedy: list[Rollout] | None = None
     rated: Rated | None = None
+    dropped: Sequence[str] = ()
     metrics: Mapping[str, float] = {}
 
 
@@ -77,7 +79,9 @@ class PPOLoop:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
         epoch_ended: whether the last step took the last prompts of a pass over them.
         evaluating: whether the evaluation after the last step was begun and not finished.
+        evaluated_at: the step of the last evaluation that was finished.
         learned: the samples that the last step learned from.
+        dropped: uids of the prompts that the last step asked and a filter left out.
     """
 
     def __init__(
@@ -100,7 +104,10 @@ class PPOLoop:
         self.global_step = 0
         self.epoch_ended = False
         self.evaluating = False
+        self.evaluated_at: int | None = None
         self.learned: list[Rollout] = []
+        self.dropped: Sequence[str] = ()
+        self._served: int | None = None
         self._seconds: dict[str, float] = {}
 
     @property
@@ -155,7 +162,6 @@ class PPOLoop:
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.evaluator.samples.start(self.global_step)
-            self._sync()
             if self.evaluating or (self.eval_data and self.global_step == 0):
                 self.evaluate()
             for prompts in self.prompt_batches():
@@ -172,14 +178,13 @@ class PPOLoop:
                 with self._clock("make_experience"):
                     experiences = self.maker.make(batch.rollouts, batch.greedy, batch.rated)
         if not batch.rollouts:
-            self._pass_over(batch.drawn)
+            self._pass_over(batch)
             return
         with self._clock("train"):
             learned = self.update(experiences)
         self.global_step += 1
         self._move(batch.drawn)
-        self._sync()
-        self.learned = experiences.rollouts
+        self.learned, self.dropped = experiences.rollouts, batch.dropped
         self._keep_samples(experiences)
         metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
         self.callbacks.on_step_end(self, metrics)
@@ -254,13 +259,16 @@ class PPOLoop:
             raise NumericError(f"{where}, {error}. The samples answer {who}", error.rows) from error
 
     def evaluate(self) -> dict[str, float]:
-        """Return the figures on the evaluation prompts, and tell the callbacks."""
+        """Return the figures on the evaluation prompts, and tell the callbacks unless they know those of this step."""
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
         self.evaluating = True
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
+            self._serve()
             values = self.evaluator.evaluate(self.global_step, when)
         self.evaluating = False
-        self.callbacks.on_evaluate(self, values)
+        if self.evaluated_at != self.global_step:
+            self.evaluated_at = self.global_step
+            self.callbacks.on_evaluate(self, values)
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,6 +278,7 @@ class PPOLoop:
             "prompts_taken": self.stream.position,
             "policy_version": self.global_step,
             "evaluating": self.evaluating,
+            "evaluated_at": self.evaluated_at,
             "kl_controller": self.maker.kl_controller.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
@@ -284,6 +293,7 @@ class PPOLoop:
         self.global_step = int(state["global_step"])
         self.stream.position = int(state.get("prompts_taken", self._prompts_of(self.global_step)))
         self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
+        self.evaluated_at = state.get("evaluated_at")
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
@@ -305,34 +315,44 @@ class PPOLoop:
         if not rollout.dynamic_filtering:
             rollouts, greedy = self._generate(prompts)
             return Collected(rollouts, len(prompts), greedy)
-        filled = fill(rollout, prompts, lambda wave: self.maker.rate(self._generate(wave)[0]), self._more)
+        filled = fill(rollout, prompts, self._rated, self.stream.ahead)
         metrics = {"dynamic_filtering_pass_rate": filled.pass_rate, "prompts_drawn": float(filled.drawn)}
         rollouts = filled.rated.rollouts if filled.rated else []
-        return Collected(rollouts, filled.drawn, rated=filled.rated, metrics=metrics)
+        return Collected(rollouts, filled.drawn, None, filled.rated, filled.dropped, metrics)
 
-    def _more(self, count: int, drawn: int) -> list[Prompt]:
-        """Return ``count`` prompts after ``drawn`` that this step has asked, with the engine ready for them."""
-        prompts = self.stream.ahead(count, drawn) if count else []
-        if prompts:
-            self._sync()
-        return prompts
+    def _rated(self, wave: list[Prompt]) -> Rated:
+        """Return the answers to ``wave`` with their scores."""
+        rollouts, _ = self._generate(wave)
+        with self._clock("make_experience"):
+            return self.maker.rate(rollouts)
 
-    def _pass_over(self, drawn: int) -> None:
-        """Go on without a step after ``drawn`` prompts, the last of an episode, whose groups were all left out."""
-        low, high = self.config.rollout.dynamic_filtering_reward_range
-        OURS.warning("no group of the last %d prompts of episode %d passed the filter", drawn, self.stream.episode + 1)
-        self._move(drawn)
-        self._sync()
-        if self.stream.left:
-            return
-        if not self.global_step:
-            raise DataError(
-                "--dynamic_filtering left nothing to learn from: no group of answers has a mean score between "
-                f"{low:g} and {high:g}. Set --dynamic_filtering_reward_range, or use prompts that are neither too "
-                "easy nor too hard"
-            )
-        if self.eval_data:
+    def _pass_over(self, batch: Collected) -> None:
+        """Go on without a step after the last prompts of an episode, whose groups were all left out.
+
+        Raises DataError when those were all prompts of the episode: the next one would ask the same weights for the
+        same samples.
+        """
+        OURS.warning(
+            "no group of the last %d prompts of episode %d passed the filter", batch.drawn, self.stream.episode + 1
+        )
+        if batch.drawn == len(self.prompts):
+            raise DataError(self._nothing_passes())
+        self._move(batch.drawn)
+        self.learned, self.dropped = [], batch.dropped
+        self.callbacks.on_pass_over(self)
+        each_episode = self.config.logging.eval_steps == -1 and self.evaluated_at != self.global_step
+        if self.eval_data and (each_episode or not self.stream.left):
             self.evaluate()
+
+    def _nothing_passes(self) -> str:
+        """Save the last step, and return why there is none after it and what to do."""
+        low, high = self.config.rollout.dynamic_filtering_reward_range
+        kept = f" after step {self.global_step} ({self.callbacks.on_stop(self)})" if self.global_step else ""
+        return (
+            f"--dynamic_filtering left nothing to learn from{kept}: all {len(self.prompts):,} prompts were asked, and "
+            f"no group of answers has a mean score between {low:g} and {high:g}. Set "
+            "--dynamic_filtering_reward_range, or use prompts that are neither too easy nor too hard"
+        )
 
     def _generate(self, prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout] | None]:
         """Return the samples, and one greedy answer a prompt where the estimator needs it."""
@@ -345,6 +365,7 @@ class PPOLoop:
             seed=self.config.batch.seed,
             step=self.global_step + 1,
         )
+        self._serve()
         with self._clock("generate"):
             rollouts, greedy = self.engine.generate(prompts, sampling), None
             if self.config.algorithm.estimator.needs_greedy:
@@ -352,14 +373,18 @@ class PPOLoop:
             self.engine.sleep()
         return rollouts, greedy
 
-    def _sync(self) -> None:
-        """Bring the present weights to the engine, which then is awake.
+    def _serve(self) -> None:
+        """Have the engine awake with the present weights, which it is given only where it has others.
 
-        The room for its cache is taken last: carrying the weights takes room too.
+        As late as this, because after a step others want the room that the engine takes: a checkpoint has the states
+        of the optimizer on the device. The room for its cache is taken last: carrying the weights takes room too. A
+        push is never left half done.
         """
-        with self._clock("sync"):
+        with self._clock("sync"), signals.held():
             self.engine.wake_up(WEIGHTS)
-            self.weight_sync.push(self.global_step)
+            if self._served != self.global_step:
+                self.weight_sync.push(self.global_step)
+                self._served = self.global_step
             self.engine.wake_up(CACHE)
 
     def _keep_samples(self, made: Experiences) -> None:
