@@ -58,7 +58,7 @@ def fill(
         ask: samples and scores answers.
         more: returns so many prompts more, after so many that were drawn; fewer where the data ends.
     """
-    samples, (low, high) = config.n_samples_per_prompt, config.dynamic_filtering_reward_range
+    samples, (low, high) = config.n_samples_per_prompt, config.filtering_range
     kept, groups, dropped, drawn, wave = [], 0, [], 0, list(prompts)
     while wave:
         drawn += len(wave)

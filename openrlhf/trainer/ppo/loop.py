@@ -346,7 +346,7 @@ class PPOLoop:
 
     def _nothing_passes(self) -> str:
         """Save the last step, and return why there is none after it and what to do."""
-        low, high = self.config.rollout.dynamic_filtering_reward_range
+        low, high = self.config.rollout.filtering_range
         kept = f" after step {self.global_step} ({self.callbacks.on_stop(self)})" if self.global_step else ""
         return (
             f"--dynamic_filtering left nothing to learn from{kept}: all {len(self.prompts):,} prompts were asked, and "
