@@ -110,7 +110,7 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
     rewards = [groups[role.name] for role in placement.rewards]
     critic, reference = groups.get("critic"), groups.get("ref")
     process, shared = groups.get(PROCESS), placement.learners_share
-    roles = Roles(groups["actor"], critic, reference, rewards, process, shared=shared)
+    roles = Roles(groups["actor"], critic, reference, rewards, process, shared=shared, watched=watch.beside)
     watch.get(pending)
     if engines is None:
         engine = PolicyEngine(roles.policy)

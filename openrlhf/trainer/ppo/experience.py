@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ class Roles:
 
     ``shared``: the policy and the critic live on the same devices, so they learn one after the other. ``comm``: the
     processes that run the loop, each with all samples: the driver alone on Ray, every rank under a launcher.
+    ``watched`` looks after workers and engines elsewhere while this process runs code that does not wait for them.
     """
 
     policy: WorkerGroup
@@ -41,6 +43,7 @@ class Roles:
     process: WorkerGroup | None = None
     shared: bool = False
     comm: Comm = SoloComm()
+    watched: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def groups(self) -> list[WorkerGroup]:
@@ -274,7 +277,8 @@ class ExperienceMaker:
             prompt.text if query.startswith(prompt.text) else head
             for query, prompt, head in zip(queries, prompts, heads, strict=True)
         ]
-        return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
+        with self.roles.watched():
+            return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
     def _add_up(
         self,
