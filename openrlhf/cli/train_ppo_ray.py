@@ -84,8 +84,9 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
     from openrlhf.ray.group import RayGroup, Watch
     from openrlhf.ray.slots import reserve
     from openrlhf.ray.weight_sync import RayWeightSync
-    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
+    from openrlhf.trainer.ppo.policy_engine import PolicyEngine
     from openrlhf.trainer.ppo.process import ProcessRewardWorker
+    from openrlhf.trainer.ppo.roles import Roles
     from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
     slots = reserve(placement, resource, RESERVE_S)

@@ -17,7 +17,7 @@ from openrlhf.errors import UsageError
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.loggers import rewind
-from openrlhf.trainer.ppo.experience import ExperienceMaker
+from openrlhf.trainer.ppo.rating import Rater
 
 LOG = logging.getLogger(__name__)
 SHOWN = 16
@@ -126,7 +126,7 @@ class Evaluator:
         config: the run.
         prompts: the evaluation prompts; none is fine, then nothing is evaluated.
         engine: who samples.
-        maker: who scores.
+        rater: who scores.
         samples: where some answers are kept.
     """
 
@@ -135,13 +135,13 @@ class Evaluator:
         config: PPOConfig,
         prompts: Sequence[Prompt],
         engine: RolloutEngine,
-        maker: ExperienceMaker,
+        rater: Rater,
         samples: SampleLog,
     ):
         self.config = config
         self.prompts = list(prompts)
         self.engine = engine
-        self.maker = maker
+        self.rater = rater
         self.samples = samples
 
     def evaluate(self, step: int, when: str) -> dict[str, float]:
@@ -163,7 +163,7 @@ class Evaluator:
         sampled = [self.engine.generate(self.prompts, self._sampling(temperature)) for temperature in temperatures]
         self.engine.sleep()
         for temperature, rollouts in zip(temperatures, sampled, strict=True):
-            rated, true_scores = self.maker.score(rollouts)
+            rated, true_scores = self.rater.score(rollouts)
             scores = rated.scores.tolist()
             suffix = f"_t{temperature:g}" if answers else ""
             passed = pass_rates(rollouts, rated.judged if true_scores is None else true_scores, samples)

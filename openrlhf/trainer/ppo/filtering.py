@@ -9,7 +9,7 @@ import torch
 
 from openrlhf.config.ppo import RolloutConfig
 from openrlhf.rollout.types import Prompt
-from openrlhf.trainer.ppo.experience import Rated
+from openrlhf.trainer.ppo.rating import Rated
 
 
 @dataclass(frozen=True)

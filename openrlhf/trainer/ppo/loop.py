@@ -1,6 +1,6 @@
 """The PPO loop: prompts, rollouts, experiences, update, weight sync. It reads the same wherever the workers live.
 
-The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.experience.Roles` say where the
+The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.roles.Roles` say where the
 models are. On Ray one driver runs it; under a launcher every rank does, in step with the others, and the groups deal
 the work out. What happens between rollout steps (progress, logs, evaluation, checkpoints) are callbacks, shared with
 the supervised loop: ``global_step`` counts rollout steps.
@@ -9,28 +9,28 @@ the supervised loop: ``global_step`` counts rollout steps.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.errors import DataError, NumericError, Preempted
-from openrlhf.rollout.engine import CACHE, WEIGHTS, RolloutEngine, WeightSync
-from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.rollout.engine import RolloutEngine, WeightSync
+from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.rng import rewound_when_stopped
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.console import OURS
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.ppo.checks import name_prompts
+from openrlhf.trainer.ppo.clock import PhaseClock
+from openrlhf.trainer.ppo.collecting import Collected, Collector
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
-from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Rated, Roles
-from openrlhf.trainer.ppo.filtering import fill
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences
 from openrlhf.trainer.ppo.prompt_stream import PromptStream
+from openrlhf.trainer.ppo.roles import Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
@@ -40,26 +40,6 @@ OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
 def steps_per_episode(config: PPOConfig, prompts: int) -> int:
     """Return the rollout steps of one pass over the prompts; the last may be short."""
     return math.ceil(prompts / config.rollout.rollout_batch_size)
-
-
-class Collected(NamedTuple):
-    """The samples of a rollout step.
-
-    Attributes:
-        rollouts: samples of one prompt next to each other; none when a filter left no group.
-        drawn: prompts that were asked.
-        greedy: one greedy answer to each prompt, where the estimator needs them.
-        rated: what the reward sources said, where they were asked already.
-        dropped: uids of the prompts whose answers a filter left out.
-        metrics: of how the samples came about.
-    """
-
-    rollouts: list[Rollout]
-    drawn: int
-    greedy: list[Rollout] | None = None
-    rated: Rated | None = None
-    dropped: Sequence[str] = ()
-    metrics: Mapping[str, float] = {}
 
 
 class PPOLoop:
@@ -97,8 +77,9 @@ class PPOLoop:
     ):
         if not len(prompts):
             raise DataError("there are no prompts to train on")
-        self.config, self.roles, self.engine, self.weight_sync = config, roles, engine, weight_sync
-        self.maker, self.evaluator = maker, evaluator
+        self.config, self.roles, self.maker, self.evaluator = config, roles, maker, evaluator
+        self.clock = PhaseClock()
+        self.collector = Collector(config, engine, weight_sync, maker.rater, self.clock)
         self.callbacks = Callbacks(callbacks)
         self.stream = PromptStream(prompts, config.batch.seed, config.rollout.num_episodes)
         self.global_step = 0
@@ -107,8 +88,6 @@ class PPOLoop:
         self.evaluated_at: int | None = None
         self.learned: list[Rollout] = []
         self.dropped: Sequence[str] = ()
-        self._served: int | None = None
-        self._seconds: dict[str, float] = {}
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -171,22 +150,22 @@ class PPOLoop:
 
     def _step(self, prompts: list[Prompt]) -> None:
         """Do one rollout step."""
-        began, self._seconds = time.perf_counter(), {}
+        self.clock.restart()
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
-            batch = self._collect(prompts)
+            batch = self.collector.collect(prompts, self.global_step, self.stream.ahead)
             if batch.rollouts:
-                with self._clock("make_experience"):
+                with self.clock.phase("make_experience", self.global_step):
                     experiences = self.maker.make(batch.rollouts, batch.greedy, batch.rated)
         if not batch.rollouts:
             self._pass_over(batch)
             return
-        with self._clock("train"):
+        with self.clock.phase("train", self.global_step):
             learned = self.update(experiences)
         self.global_step += 1
         self._move(batch.drawn)
         self.learned, self.dropped = experiences.rollouts, batch.dropped
         self._keep_samples(experiences)
-        metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
+        metrics = {**experiences.metrics, **batch.metrics, **learned, **self.clock.times()}
         self.callbacks.on_step_end(self, metrics)
 
     def leave_if_asked(self) -> None:
@@ -263,7 +242,7 @@ class PPOLoop:
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
         self.evaluating = True
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
-            self._serve()
+            self.collector.serve(self.global_step)
             values = self.evaluator.evaluate(self.global_step, when)
         self.evaluating = False
         if self.evaluated_at != self.global_step:
@@ -309,23 +288,6 @@ class PPOLoop:
     def _fingerprint(self) -> str:
         return fingerprint(self.prompts)
 
-    def _collect(self, prompts: list[Prompt]) -> Collected:
-        """Return the samples to learn from: the answers to ``prompts``, or with dynamic filtering what passed."""
-        rollout = self.config.rollout
-        if not rollout.dynamic_filtering:
-            rollouts, greedy = self._generate(prompts)
-            return Collected(rollouts, len(prompts), greedy)
-        filled = fill(rollout, prompts, self._rated, self.stream.ahead)
-        metrics = {"dynamic_filtering_pass_rate": filled.pass_rate, "prompts_drawn": float(filled.drawn)}
-        rollouts = filled.rated.rollouts if filled.rated else []
-        return Collected(rollouts, filled.drawn, None, filled.rated, filled.dropped, metrics)
-
-    def _rated(self, wave: list[Prompt]) -> Rated:
-        """Return the answers to ``wave`` with their scores."""
-        rollouts, _ = self._generate(wave)
-        with self._clock("make_experience"):
-            return self.maker.rate(rollouts)
-
     def _pass_over(self, batch: Collected) -> None:
         """Go on without a step after the last prompts of an episode, whose groups were all left out.
 
@@ -354,39 +316,6 @@ class PPOLoop:
             "--dynamic_filtering_reward_range, or use prompts that are neither too easy nor too hard"
         )
 
-    def _generate(self, prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout] | None]:
-        """Return the samples, and one greedy answer a prompt where the estimator needs it."""
-        rollout = self.config.rollout
-        sampling = SamplingParams(
-            max_new_tokens=rollout.generate_max_len,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            n=rollout.n_samples_per_prompt,
-            seed=self.config.batch.seed,
-            step=self.global_step + 1,
-        )
-        self._serve()
-        with self._clock("generate"):
-            rollouts, greedy = self.engine.generate(prompts, sampling), None
-            if self.config.algorithm.estimator.needs_greedy:
-                greedy = self.engine.generate(prompts, replace(sampling, temperature=0.0, top_p=1.0, n=1))
-            self.engine.sleep()
-        return rollouts, greedy
-
-    def _serve(self) -> None:
-        """Have the engine awake with the present weights, which it is given only where it has others.
-
-        As late as this, because after a step others want the room that the engine takes: a checkpoint has the states
-        of the optimizer on the device. The room for its cache is taken last: carrying the weights takes room too. A
-        push is never left half done.
-        """
-        with self._clock("sync"), signals.held():
-            self.engine.wake_up(WEIGHTS)
-            if self._served != self.global_step:
-                self.weight_sync.push(self.global_step)
-                self._served = self.global_step
-            self.engine.wake_up(CACHE)
-
     def _keep_samples(self, made: Experiences) -> None:
         self.evaluator.samples.write(
             "train",
@@ -397,14 +326,3 @@ class PPOLoop:
             SHOWN_IN_TRAINING,
             self.config.rollout.temperature,
         )
-
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        OURS.debug("phase: %s, after step %d", phase, self.global_step)
-        began = time.perf_counter()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
-
-    def _times(self, total: float) -> dict[str, float]:
-        """Return the seconds of each phase of the step."""
-        return {**{f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, "time/step": total}

@@ -25,9 +25,12 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
-from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
+from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.policy_engine import PolicyEngine
 from openrlhf.trainer.ppo.program import local_roles as make_roles
+from openrlhf.trainer.ppo.rating import Rater
+from openrlhf.trainer.ppo.roles import Roles
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 COUNT_E = (
@@ -146,18 +149,14 @@ def local_loop(
     tokenizer = roles.policy.worker.tokenizer
     engine = PolicyEngine(roles.policy)
     evaluation = config.evaluation.eval_reward_func
-    maker = ExperienceMaker(
-        config,
-        roles,
-        tokenizer,
-        reward_source(config),
-        RewardProcess(evaluation) if evaluation else None,
-    )
+    true_score = RewardProcess(evaluation) if evaluation else None
+    rater = Rater(config, roles, tokenizer, reward_source(config), true_score)
+    maker = ExperienceMaker(config, roles, rater)
     run_path = Path(config.logging.run_path)
     run_path.mkdir(exist_ok=True)
     samples = SampleLog(run_path / "samples.jsonl", tokenizer)
     rows = prompts_of(tokenizer, texts) if texts else tiny_prompts(tokenizer, max(prompts, eval_prompts))
-    evaluator = Evaluator(config, rows[:eval_prompts], engine, maker, samples)
+    evaluator = Evaluator(config, rows[:eval_prompts], engine, rater, samples)
     recorder = Recorder(stop_after)
     layout = checkpoint_layout(config, roles)
     manager = CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=lambda _: None)

@@ -9,8 +9,8 @@ from openrlhf.config.ppo import EvalConfig, RewardConfig
 from openrlhf.rollout.engine import CACHE, WEIGHTS
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.callbacks import Callback, Callbacks
-from openrlhf.trainer.ppo.experience import PolicyEngine
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.policy_engine import PolicyEngine
 from tests.trainer.ppo.harness import local_loop, reward_file, tiny_ppo_config, with_algorithm, with_rollout
 
 ONE_OF_THREE = (
@@ -58,14 +58,14 @@ def sleepy_loop(config, **counts) -> tuple[PPOLoop, SleepyEngine]:
     """Return a loop that fails where something else than the engine works while that one is awake."""
     loop, _ = local_loop(config, **counts)
     engine = SleepyEngine(loop.roles.policy)
-    loop.engine = loop.weight_sync = loop.evaluator.engine = engine
+    loop.collector.engine = loop.collector.weight_sync = loop.evaluator.engine = engine
 
     def at_rest(what: str) -> None:
         assert not engine.awake, what
         engine.journal.append(what)
 
     loop.callbacks = Callbacks([loop.callbacks, Saving(at_rest)])
-    for owner, name in ((loop.maker, "rate"), (loop.maker, "make"), (loop, "update")):
+    for owner, name in ((loop.maker.rater, "rate"), (loop.maker, "make"), (loop, "update")):
         method = getattr(owner, name)
         setattr(owner, name, lambda *given, _m=method, _n=name: (at_rest(_n), _m(*given))[1])
     return loop, engine
@@ -75,7 +75,7 @@ def test_the_engine_gets_new_weights_only_when_it_is_to_sample_and_sleeps_else(t
     config = replace(tiny_ppo_config(tmp_path), evaluation=EvalConfig(eval_temperature=(1.0, 0.0)))
     loop, engine = sleepy_loop(config, prompts=16, eval_prompts=2)
     loop.fit()
-    evaluation, step = ["generate", "generate", "rate", "rate"], ["generate", "make", "update"]
+    evaluation, step = ["generate", "generate", "rate", "rate"], ["generate", "make", "rate", "update"]
     assert engine.journal == [
         *("push 0", *evaluation, *step, "save"),
         *("push 1", *step, "push 2", *evaluation, "save"),

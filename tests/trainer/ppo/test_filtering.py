@@ -13,10 +13,10 @@ from openrlhf.errors import DataError, Preempted
 from openrlhf.rollout.types import Prompt
 from openrlhf.strategy import signals
 from openrlhf.trainer.callbacks import Callbacks
-from openrlhf.trainer.ppo.experience import Rated
 from openrlhf.trainer.ppo.filtering import fill, passing
 from openrlhf.trainer.ppo.ledger import Ledger
 from openrlhf.trainer.ppo.prompt_stream import PromptStream
+from openrlhf.trainer.ppo.rating import Rated
 from tests.trainer.ppo.harness import (
     local_loop,
     policy_weights,
@@ -173,8 +173,8 @@ def test_a_resumed_run_does_not_tell_an_evaluation_again(tmp_path):
 def test_a_filter_that_lets_nothing_pass_is_an_error_after_one_episode(tmp_path):
     loop, recorder = local_loop(filtering_config(tmp_path, NONE, num_episodes=3), prompts=8)
     asked = []
-    generate = loop.engine.generate
-    loop.engine.generate = lambda prompts, sampling: asked.extend(prompts) or generate(prompts, sampling)
+    generate = loop.collector.engine.generate
+    loop.collector.engine.generate = lambda prompts, sampling: asked.extend(prompts) or generate(prompts, sampling)
     with pytest.raises(DataError, match="mean score between 0 and 1. Set --dynamic_filtering_reward_range"):
         loop.fit()
     assert recorder.steps == [] and len(asked) == 8
@@ -257,7 +257,7 @@ def test_a_run_with_a_filter_goes_on_bit_for_bit(tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(signals, "_state", signals._State())
     stopped, first = local_loop(config, prompts=24)
-    stopped.maker.reward_function = StoppingReward(stopped.maker.reward_function, at)
+    stopped.maker.rater.reward_function = StoppingReward(stopped.maker.rater.reward_function, at)
     with pytest.raises(Preempted):
         stopped.fit()
     monkeypatch.setattr(signals, "_state", signals._State())
