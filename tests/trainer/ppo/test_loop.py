@@ -196,7 +196,7 @@ def test_asked_to_stop_it_drops_the_rollout_and_goes_on_bit_for_bit(tmp_path, mo
 
     monkeypatch.setattr(signals, "_state", signals._State())
     stopped, first = local_loop(config, eval_prompts=4)
-    stopped.engine = stopped.evaluator.engine = AskingEngine(stopped.engine, asked_at)
+    stopped.collector.engine = stopped.evaluator.engine = AskingEngine(stopped.collector.engine, asked_at)
     with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {done}; "):
         stopped.fit()
     monkeypatch.setattr(signals, "_state", signals._State())
