@@ -139,7 +139,11 @@ WRONG = [
     ),
     ("train_ppo_ray", "--advantage_estimator grpo", "must be one of gae, reinforce, reinforce_baseline, rloo"),
     ("train_ppo_ray", "--advantage_estimator group_norm", "group_norm compares answers to one prompt"),
-    ("train_ppo_ray", "--dynamic_filtering", "--dynamic_filtering compares answers to one prompt: --n_samples_per_pr"),
+    (
+        "train_ppo_ray",
+        "--dynamic_filtering --dynamic_filtering_reward_range 0 1",
+        "--dynamic_filtering compares answers to one prompt: --n_samples_per_prompt",
+    ),
     (
         "train_ppo_ray",
         "--dynamic_filtering_reward_range 1 0",
@@ -147,7 +151,18 @@ WRONG = [
     ),
     (
         "train_ppo_ray",
-        "--n_samples_per_prompt 2 --dynamic_filtering --advantage_estimator remax",
+        "--n_samples_per_prompt 2 --dynamic_filtering",
+        "goes by the score of a reward model, which may lie anywhere: say with --dynamic_filtering_reward_range",
+    ),
+    (
+        "train_ppo_ray",
+        "--n_samples_per_prompt 2 --dynamic_filtering --remote_rm_url http://127.0.0.1:5000",
+        "goes by the sum of several reward sources, which may lie anywhere",
+    ),
+    (
+        "train_ppo_ray",
+        "--n_samples_per_prompt 2 --dynamic_filtering --dynamic_filtering_reward_range 0 1 "
+        "--advantage_estimator remax",
         "--dynamic_filtering and --advantage_estimator remax exclude each other",
     ),
     ("train_ppo_ray", "--policy_loss_type vapo", "--policy_loss_type must be one of ppo, gspo, cispo, got 'vapo'"),

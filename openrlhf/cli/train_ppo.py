@@ -42,7 +42,7 @@ def train(config: PPOConfig) -> None:
 
 
 def _train(config: PPOConfig, opened: Run) -> None:
-    from openrlhf.trainer.ppo.experience import PolicyEngine
+    from openrlhf.trainer.ppo.policy_engine import PolicyEngine
     from openrlhf.trainer.ppo.program import Inputs, build_loop, finish_run, local_roles, start_up_lines
     from openrlhf.trainer.program import joined_ranks
 

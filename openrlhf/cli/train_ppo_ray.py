@@ -86,8 +86,9 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
     from openrlhf.ray.group import RayGroup, Watch
     from openrlhf.ray.slots import reserve
     from openrlhf.ray.weight_sync import RayWeightSync
-    from openrlhf.trainer.ppo.experience import PolicyEngine, Roles
+    from openrlhf.trainer.ppo.policy_engine import PolicyEngine
     from openrlhf.trainer.ppo.process import ProcessRewardWorker
+    from openrlhf.trainer.ppo.roles import Roles
     from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
     slots = reserve(placement, resource, RESERVE_S)
@@ -112,7 +113,7 @@ def _start(config: RayPPOConfig, placement: Placement, resource: str, max_steps:
     rewards = [groups[role.name] for role in placement.rewards]
     critic, reference = groups.get(CRITIC), groups.get(REFERENCE)
     process, shared = groups.get(PROCESS), placement.learners_share
-    roles = Roles(groups[ACTOR], critic, reference, rewards, process, shared=shared)
+    roles = Roles(groups[ACTOR], critic, reference, rewards, process, shared=shared, watched=watch.beside)
     watch.get(pending)
     if engines is None:
         engine = PolicyEngine(roles.policy)

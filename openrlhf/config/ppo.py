@@ -188,6 +188,7 @@ class PPOConfig:
         if self.rollout.dynamic_filtering and estimator.estimator.needs_greedy:
             name = estimator.advantage_estimator
             found.append(f"--dynamic_filtering and --advantage_estimator {name} exclude each other: drop one")
+        found += self._filtering_problems()
         longest, buffer = self.rollout.generate_max_len, self.reward.overlong_buffer_len
         if buffer is not None and buffer > longest:
             found.append(f"--overlong_buffer_len {buffer:g} is more than --generate_max_len {longest}: lower it")
@@ -197,6 +198,19 @@ class PPOConfig:
                 "resume with the ranks and the --zero_stage that the checkpoint was saved with"
             )
         return found
+
+    def _filtering_problems(self) -> list[str]:
+        """Return why the scores that dynamic filtering goes by need not lie between 0 and 1."""
+        models, reward = self.model.reward_models, self.reward
+        sources = len(models) + reward.remote_sources + bool(reward.prm_pretrain)
+        unbounded = bool(models) or bool(reward.prm_pretrain) or sources > 1
+        if not (self.rollout.dynamic_filtering and unbounded and self.rollout.dynamic_filtering_reward_range is None):
+            return []
+        what = "the sum of several reward sources" if sources > 1 else "the score of a reward model"
+        return [
+            f"--dynamic_filtering goes by {what}, which may lie anywhere: say with --dynamic_filtering_reward_range "
+            "LOW HIGH between which the mean of a prompt's answers must lie"
+        ]
 
     def notices(self) -> list[str]:
         samples, step = self.rollout.samples, self.batch.train_batch_size

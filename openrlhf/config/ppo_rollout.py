@@ -33,12 +33,18 @@ class RolloutConfig:
     temperature: float = flag(1.0, "Sampling temperature.", above=0)
     top_p: float = flag(1.0, "Nucleus sampling: mass of the tokens sampled from.", above=0, at_most=1)
     dynamic_filtering: bool = flag(False, "Replace prompts whose answers are all right or all wrong by fresh ones.")
-    dynamic_filtering_reward_range: tuple[float, float] = flag(
-        (0.0, 1.0), "Between which the mean score of the answers to a prompt must lie."
+    dynamic_filtering_reward_range: tuple[float, float] | None = flag(
+        None,
+        "Between which the mean score of the answers to a prompt must lie; default is 0 1 with one reward source.",
     )
 
+    @property
+    def filtering_range(self) -> tuple[float, float]:
+        """Between which the mean score of the answers to a prompt must lie."""
+        return self.dynamic_filtering_reward_range or (0.0, 1.0)
+
     def problems(self) -> list[str]:
-        low, high = self.dynamic_filtering_reward_range
+        low, high = self.filtering_range
         found = []
         if low >= high:
             found.append(f"--dynamic_filtering_reward_range {low:g} {high:g}: the first must be below the second")

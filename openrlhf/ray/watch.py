@@ -7,8 +7,11 @@ is told, and the wait goes on.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +144,25 @@ class Watch:
         if pending:
             self._look()
         return done
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Look after the actors while the block does other things than wait for them, such as run a reward function.
+
+        Raises what :meth:`turn` would, when the block has ended.
+        """
+        done = threading.Event()
+        with ThreadPoolExecutor(1, "watch") as pool:
+            looking = pool.submit(self._keep_looking, done)
+            try:
+                yield
+            finally:
+                done.set()
+        looking.result()
+
+    def _keep_looking(self, done: threading.Event) -> None:
+        while not done.wait(min(LISTEN_EVERY_S, self.look_every_s)):
+            self._look()
 
     def translate(self, error: BaseException) -> BaseException:
         """Return what an error of Ray really is: the worker's own exception, or who died of what."""

@@ -26,6 +26,9 @@ class Callback:
     def on_step_end(self, trainer: Any, metrics: dict[str, float]) -> None:
         """Called after each optimizer step with its metrics over all ranks."""
 
+    def on_pass_over(self, trainer: Any) -> None:
+        """Called after data was taken from which no step could learn."""
+
     def on_evaluate(self, trainer: Any, values: dict[str, float]) -> None:
         """Called after each evaluation."""
 
@@ -63,6 +66,11 @@ class Callbacks(Callback):
         """Tell each about a step."""
         for callback in self._callbacks:
             callback.on_step_end(trainer, metrics)
+
+    def on_pass_over(self, trainer: Any) -> None:
+        """Tell each that there was no step."""
+        for callback in self._callbacks:
+            callback.on_pass_over(trainer)
 
     def on_evaluate(self, trainer: Any, values: dict[str, float]) -> None:
         """Tell each about an evaluation."""

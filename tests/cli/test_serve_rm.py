@@ -23,6 +23,7 @@ from openrlhf.config.ppo import PPOModelConfig, RewardConfig
 from openrlhf.config.serve import ServeConfig
 from openrlhf.errors import UsageError
 from openrlhf.rollout.rewards import reward_source
+from openrlhf.trainer.ppo.rating import Rater
 from tests.cli.supervised import ROOT, environment
 from tests.cli.test_train_ppo_ray import data, metrics, ppo
 from tests.trainer.ppo.harness import local_loop, reward_file, rollout_of, tiny_ppo_config, tiny_reward_model
@@ -101,15 +102,15 @@ def _same_rewards_as_a_worker(config, folder, url):
     """The server gives answers, whole ones and cut ones, the rewards that a worker of the run gives them."""
     config = replace(config, model=PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=folder))
     loop, _ = local_loop(replace(config, reward=RewardConfig()))
-    tokenizer = loop.maker.tokenizer
+    tokenizer = loop.maker.rater.tokenizer
     answers = [" It is 42.", f" Natalia sold 48 clips.{tokenizer.eos_token}", " A", f" Write{tokenizer.eos_token}"]
     rollouts = [
         rollout_of(prompt, tokenizer(answer).input_ids) for prompt, answer in zip(loop.prompts, answers, strict=False)
     ]
-    own = loop.maker.rate(rollouts).scores.tolist()
+    own = loop.maker.rater.rate(rollouts).scores.tolist()
     remote = replace(config, reward=RewardConfig(remote_rm_url=url, reward_weights="0,1"))
-    loop.maker.config, loop.maker.reward_function = remote, reward_source(remote)
-    assert loop.maker.rate(rollouts).scores.tolist() == pytest.approx(own, abs=1e-5)
+    rater = Rater(remote, loop.roles, tokenizer, reward_source(remote))
+    assert rater.rate(rollouts).scores.tolist() == pytest.approx(own, abs=1e-5)
     assert len({round(reward, 4) for reward in own}) == 4
 
 

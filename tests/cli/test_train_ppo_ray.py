@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from openrlhf.config.groups import BatchConfig, CheckpointConfig
 from openrlhf.config.ppo import AlgorithmConfig, PPOOptimConfig, RolloutConfig
-from openrlhf.rollout.types import Prompt
 from tests.helpers import tiny_folder
 from tests.trainer.ppo.harness import local_loop, policy_weights, reward_file, tiny_ppo_config, tiny_reward_model
 
@@ -71,9 +70,7 @@ def test_two_ray_actors_train_the_same_policy_as_one_process(tmp_path):
         optim=PPOOptimConfig(actor_learning_rate=3e-3, lr_warmup_ratio=0.0),
         checkpoint=CheckpointConfig(save_path=str(tmp_path / "local"), ckpt_path=str(tmp_path / "local_ckpt")),
     )
-    loop, recorder = local_loop(config, prompts=16)
-    encode = loop.maker.tokenizer
-    loop.prompts = [Prompt(str(n), text, tuple(encode(text).input_ids)) for n, text in enumerate(QUESTIONS)]
+    loop, recorder = local_loop(config, texts=QUESTIONS)
     loop.fit()
 
     for there, here in zip(metrics(tmp_path / "out_run"), recorder.steps, strict=True):

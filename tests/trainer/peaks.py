@@ -22,7 +22,7 @@ from openrlhf.models.loading import load_causal_lm
 from openrlhf.rollout.types import SequenceBatch
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.frozen import load_frozen
-from openrlhf.trainer.ppo.experience import shard
+from openrlhf.trainer.ppo.shards import shard
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 from tests.trainer.ppo.harness import rollout_of, tiny_ppo_config, tiny_prompts
 

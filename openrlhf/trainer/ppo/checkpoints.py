@@ -12,8 +12,8 @@ from openrlhf.errors import InfraError
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.rng import rng_file
 from openrlhf.trainer.checkpointing import Checkpointing
-from openrlhf.trainer.ppo.experience import Roles
 from openrlhf.trainer.ppo.groups import WorkerGroup
+from openrlhf.trainer.ppo.roles import Roles
 from openrlhf.trainer.ppo.worker_base import TrainedWorker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 

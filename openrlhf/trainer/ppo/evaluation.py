@@ -18,7 +18,7 @@ from openrlhf.errors import UsageError
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
 from openrlhf.trainer.loggers import rewind
-from openrlhf.trainer.ppo.experience import ExperienceMaker
+from openrlhf.trainer.ppo.rating import Rater
 
 LOG = logging.getLogger(__name__)
 SHOWN = 16
@@ -127,7 +127,7 @@ class Evaluator:
         config: the run.
         prompts: the evaluation prompts; none is fine, then nothing is evaluated.
         engine: who samples.
-        maker: who scores.
+        rater: who scores.
         samples: where some answers are kept.
     """
 
@@ -136,17 +136,19 @@ class Evaluator:
         config: PPOConfig,
         prompts: Sequence[Prompt],
         engine: RolloutEngine,
-        maker: ExperienceMaker,
+        rater: Rater,
         samples: SampleLog,
     ):
         self.config = config
         self.prompts = list(prompts)
         self.engine = engine
-        self.maker = maker
+        self.rater = rater
         self.samples = samples
 
     def evaluate(self, step: int, when: str) -> dict[str, float]:
         """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after".
+
+        The engine, awake with the weights to look at, has answered everything before a model scores, and sleeps then.
 
         ``reward_auc_t1`` is how often the reward puts a better answer above a worse one (:func:`pair_accuracy`).
         :func:`pass_rates` go by the true score, else by the scores that a reward function gives beside its rewards,
@@ -157,10 +159,12 @@ class Evaluator:
         """
         values: dict[str, float] = {}
         answers = []
-        samples = self.config.evaluation.eval_n_samples_per_prompt
-        for temperature in self.config.evaluation.eval_temperature:
-            rollouts = self.engine.generate(self.prompts, self._sampling(temperature))
-            rated, true_scores = self.maker.score(rollouts)
+        settings = self.config.evaluation
+        samples, temperatures = settings.eval_n_samples_per_prompt, settings.eval_temperature
+        sampled = [self.engine.generate(self.prompts, self._sampling(temperature)) for temperature in temperatures]
+        self.engine.sleep()
+        for temperature, rollouts in zip(temperatures, sampled, strict=True):
+            rated, true_scores = self.rater.score(rollouts)
             scores = rated.scores.tolist()
             suffix = f"_t{temperature:g}" if answers else ""
             passed = pass_rates(rollouts, rated.judged if true_scores is None else true_scores, samples)
@@ -174,7 +178,7 @@ class Evaluator:
                 agreement = pair_accuracy(scores, true_scores)
                 values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
             answers.append((rollouts, scores, true_scores, SHOWN, temperature))
-        wanted = self.config.evaluation.best_metric_key
+        wanted = settings.best_metric_key
         if wanted not in ("", NO_BEST, *values):
             raise UsageError(f"--best_metric_key {wanted}: the evaluation gives {', '.join(values)}; name one of them")
         # Only now: an evaluation that is broken off and repeated leaves nothing behind.

@@ -9,7 +9,7 @@ import torch
 
 from openrlhf.config.ppo import RolloutConfig
 from openrlhf.rollout.types import Prompt
-from openrlhf.trainer.ppo.experience import Rated
+from openrlhf.trainer.ppo.rating import Rated
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,17 @@ class Filled:
     Attributes:
         rated: their answers; None when no group passed.
         drawn: prompts that were asked.
-        pass_rate: percentage of the groups that passed.
+        dropped: uids of those prompts whose groups did not pass.
     """
 
     rated: Rated | None
     drawn: int
-    pass_rate: float
+    dropped: list[str]
+
+    @property
+    def pass_rate(self) -> float:
+        """Percentage of the groups that passed."""
+        return 100.0 * (1 - len(self.dropped) / max(1, self.drawn))
 
 
 def passing(rated: Rated, samples: int, low: float, high: float) -> list[int]:
@@ -53,13 +58,14 @@ def fill(
         ask: samples and scores answers.
         more: returns so many prompts more, after so many that were drawn; fewer where the data ends.
     """
-    samples, (low, high) = config.n_samples_per_prompt, config.dynamic_filtering_reward_range
-    kept, groups, drawn, wave = [], 0, 0, list(prompts)
+    samples, (low, high) = config.n_samples_per_prompt, config.filtering_range
+    kept, groups, dropped, drawn, wave = [], 0, [], 0, list(prompts)
     while wave:
         drawn += len(wave)
         rated = ask(wave)
         rows = passing(rated, samples, low, high)
         kept += [rated.select(rows)] if rows else []
         groups += len(rows) // samples
+        dropped += [prompt.uid for number, prompt in enumerate(wave) if number * samples not in rows]
         wave = more(config.rollout_batch_size - groups, drawn)
-    return Filled(Rated.join(kept) if kept else None, drawn, 100.0 * groups / max(1, drawn))
+    return Filled(Rated.join(kept) if kept else None, drawn, dropped)

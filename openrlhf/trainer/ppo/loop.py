@@ -1,6 +1,6 @@
 """The PPO loop: prompts, rollouts, experiences, update, weight sync. It reads the same wherever the workers live.
 
-The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.experience.Roles` say where the
+The loop holds all prompts and never asks who is rank 0; :class:`~openrlhf.trainer.ppo.roles.Roles` say where the
 models are. On Ray one driver runs it; under a launcher every rank does, in step with the others, and the groups deal
 the work out. What happens between rollout steps (progress, logs, evaluation, checkpoints) are callbacks, shared with
 the supervised loop: ``global_step`` counts rollout steps.
@@ -9,28 +9,28 @@ the supervised loop: ``global_step`` counts rollout steps.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.errors import DataError, NumericError, Preempted
-from openrlhf.rollout.engine import CACHE, WEIGHTS, RolloutEngine, WeightSync
-from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
+from openrlhf.rollout.engine import RolloutEngine, WeightSync
+from openrlhf.rollout.types import Prompt, Rollout
 from openrlhf.strategy import signals
 from openrlhf.strategy.rng import rewound_when_stopped
 from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.console import OURS
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.ppo.checks import name_prompts
+from openrlhf.trainer.ppo.clock import PhaseClock
+from openrlhf.trainer.ppo.collecting import Collected, Collector
 from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
-from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences, Rated, Roles
-from openrlhf.trainer.ppo.filtering import fill
+from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences
 from openrlhf.trainer.ppo.prompt_stream import PromptStream
+from openrlhf.trainer.ppo.roles import Roles
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
@@ -40,24 +40,6 @@ OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
 def steps_per_episode(config: PPOConfig, prompts: int) -> int:
     """Return the rollout steps of one pass over the prompts; the last may be short."""
     return math.ceil(prompts / config.rollout.rollout_batch_size)
-
-
-class Collected(NamedTuple):
-    """The samples of a rollout step.
-
-    Attributes:
-        rollouts: samples of one prompt next to each other; none when a filter left no group.
-        drawn: prompts that were asked.
-        greedy: one greedy answer to each prompt, where the estimator needs them.
-        rated: what the reward sources said, where they were asked already.
-        metrics: of how the samples came about.
-    """
-
-    rollouts: list[Rollout]
-    drawn: int
-    greedy: list[Rollout] | None = None
-    rated: Rated | None = None
-    metrics: Mapping[str, float] = {}
 
 
 class PPOLoop:
@@ -77,7 +59,9 @@ class PPOLoop:
         global_step: rollout steps done since the run began; also the version of the policy's weights.
         epoch_ended: whether the last step took the last prompts of a pass over them.
         evaluating: whether the evaluation after the last step was begun and not finished.
+        evaluated_at: the step of the last evaluation that was finished.
         learned: the samples that the last step learned from.
+        dropped: uids of the prompts that the last step asked and a filter left out.
     """
 
     def __init__(
@@ -93,15 +77,22 @@ class PPOLoop:
     ):
         if not len(prompts):
             raise DataError("there are no prompts to train on")
-        self.config, self.roles, self.engine, self.weight_sync = config, roles, engine, weight_sync
-        self.maker, self.prompts, self.evaluator = maker, prompts, evaluator
+        self.config, self.roles, self.maker, self.evaluator = config, roles, maker, evaluator
+        self.clock = PhaseClock()
+        self.collector = Collector(config, engine, weight_sync, maker.rater, self.clock)
         self.callbacks = Callbacks(callbacks)
         self.stream = PromptStream(prompts, config.batch.seed, config.rollout.num_episodes)
         self.global_step = 0
         self.epoch_ended = False
         self.evaluating = False
+        self.evaluated_at: int | None = None
         self.learned: list[Rollout] = []
-        self._seconds: dict[str, float] = {}
+        self.dropped: Sequence[str] = ()
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """All training prompts: those of the stream, which gives them out."""
+        return self.stream.prompts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -150,7 +141,6 @@ class PPOLoop:
         with signals.held(), self.saved_when_stopped():
             self.callbacks.on_start(self)
             self.evaluator.samples.start(self.global_step)
-            self._sync()
             if self.evaluating or (self.eval_data and self.global_step == 0):
                 self.evaluate()
             for prompts in self.prompt_batches():
@@ -160,23 +150,22 @@ class PPOLoop:
 
     def _step(self, prompts: list[Prompt]) -> None:
         """Do one rollout step."""
-        began, self._seconds = time.perf_counter(), {}
+        self.clock.restart()
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
-            batch = self._collect(prompts)
+            batch = self.collector.collect(prompts, self.global_step, self.stream.ahead)
             if batch.rollouts:
-                with self._clock("make_experience"):
+                with self.clock.phase("make_experience", self.global_step):
                     experiences = self.maker.make(batch.rollouts, batch.greedy, batch.rated)
         if not batch.rollouts:
-            self._pass_over(batch.drawn)
+            self._pass_over(batch)
             return
-        with self._clock("train"):
+        with self.clock.phase("train", self.global_step):
             learned = self.update(experiences)
         self.global_step += 1
         self._move(batch.drawn)
-        self._sync()
-        self.learned = experiences.rollouts
+        self.learned, self.dropped = experiences.rollouts, batch.dropped
         self._keep_samples(experiences)
-        metrics = {**experiences.metrics, **batch.metrics, **learned, **self._times(time.perf_counter() - began)}
+        metrics = {**experiences.metrics, **batch.metrics, **learned, **self.clock.times()}
         self.callbacks.on_step_end(self, metrics)
 
     def leave_if_asked(self) -> None:
@@ -249,13 +238,16 @@ class PPOLoop:
             raise NumericError(f"{where}, {error}. The samples answer {who}", error.rows) from error
 
     def evaluate(self) -> dict[str, float]:
-        """Return the figures on the evaluation prompts, and tell the callbacks."""
+        """Return the figures on the evaluation prompts, and tell the callbacks unless they know those of this step."""
         when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
         self.evaluating = True
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
+            self.collector.serve(self.global_step)
             values = self.evaluator.evaluate(self.global_step, when)
         self.evaluating = False
-        self.callbacks.on_evaluate(self, values)
+        if self.evaluated_at != self.global_step:
+            self.evaluated_at = self.global_step
+            self.callbacks.on_evaluate(self, values)
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,6 +257,7 @@ class PPOLoop:
             "prompts_taken": self.stream.position,
             "policy_version": self.global_step,
             "evaluating": self.evaluating,
+            "evaluated_at": self.evaluated_at,
             "kl_controller": self.maker.kl_controller.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
@@ -279,6 +272,7 @@ class PPOLoop:
         self.global_step = int(state["global_step"])
         self.stream.position = int(state.get("prompts_taken", self._prompts_of(self.global_step)))
         self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
+        self.evaluated_at = state.get("evaluated_at")
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
@@ -294,68 +288,33 @@ class PPOLoop:
     def _fingerprint(self) -> str:
         return fingerprint(self.prompts)
 
-    def _collect(self, prompts: list[Prompt]) -> Collected:
-        """Return the samples to learn from: the answers to ``prompts``, or with dynamic filtering what passed."""
-        rollout = self.config.rollout
-        if not rollout.dynamic_filtering:
-            rollouts, greedy = self._generate(prompts)
-            return Collected(rollouts, len(prompts), greedy)
-        filled = fill(rollout, prompts, lambda wave: self.maker.rate(self._generate(wave)[0]), self._more)
-        metrics = {"dynamic_filtering_pass_rate": filled.pass_rate, "prompts_drawn": float(filled.drawn)}
-        rollouts = filled.rated.rollouts if filled.rated else []
-        return Collected(rollouts, filled.drawn, rated=filled.rated, metrics=metrics)
+    def _pass_over(self, batch: Collected) -> None:
+        """Go on without a step after the last prompts of an episode, whose groups were all left out.
 
-    def _more(self, count: int, drawn: int) -> list[Prompt]:
-        """Return ``count`` prompts after ``drawn`` that this step has asked, with the engine ready for them."""
-        prompts = self.stream.ahead(count, drawn) if count else []
-        if prompts:
-            self._sync()
-        return prompts
-
-    def _pass_over(self, drawn: int) -> None:
-        """Go on without a step after ``drawn`` prompts, the last of an episode, whose groups were all left out."""
-        low, high = self.config.rollout.dynamic_filtering_reward_range
-        OURS.warning("no group of the last %d prompts of episode %d passed the filter", drawn, self.stream.episode + 1)
-        self._move(drawn)
-        self._sync()
-        if self.stream.left:
-            return
-        if not self.global_step:
-            raise DataError(
-                "--dynamic_filtering left nothing to learn from: no group of answers has a mean score between "
-                f"{low:g} and {high:g}. Set --dynamic_filtering_reward_range, or use prompts that are neither too "
-                "easy nor too hard"
-            )
-        if self.eval_data:
+        Raises DataError when those were all prompts of the episode: the next one would ask the same weights for the
+        same samples.
+        """
+        OURS.warning(
+            "no group of the last %d prompts of episode %d passed the filter", batch.drawn, self.stream.episode + 1
+        )
+        if batch.drawn == len(self.prompts):
+            raise DataError(self._nothing_passes())
+        self._move(batch.drawn)
+        self.learned, self.dropped = [], batch.dropped
+        self.callbacks.on_pass_over(self)
+        each_episode = self.config.logging.eval_steps == -1 and self.evaluated_at != self.global_step
+        if self.eval_data and (each_episode or not self.stream.left):
             self.evaluate()
 
-    def _generate(self, prompts: list[Prompt]) -> tuple[list[Rollout], list[Rollout] | None]:
-        """Return the samples, and one greedy answer a prompt where the estimator needs it."""
-        rollout = self.config.rollout
-        sampling = SamplingParams(
-            max_new_tokens=rollout.generate_max_len,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            n=rollout.n_samples_per_prompt,
-            seed=self.config.batch.seed,
-            step=self.global_step + 1,
+    def _nothing_passes(self) -> str:
+        """Save the last step, and return why there is none after it and what to do."""
+        low, high = self.config.rollout.filtering_range
+        kept = f" after step {self.global_step} ({self.callbacks.on_stop(self)})" if self.global_step else ""
+        return (
+            f"--dynamic_filtering left nothing to learn from{kept}: all {len(self.prompts):,} prompts were asked, and "
+            f"no group of answers has a mean score between {low:g} and {high:g}. Set "
+            "--dynamic_filtering_reward_range, or use prompts that are neither too easy nor too hard"
         )
-        with self._clock("generate"):
-            rollouts, greedy = self.engine.generate(prompts, sampling), None
-            if self.config.algorithm.estimator.needs_greedy:
-                greedy = self.engine.generate(prompts, replace(sampling, temperature=0.0, top_p=1.0, n=1))
-            self.engine.sleep()
-        return rollouts, greedy
-
-    def _sync(self) -> None:
-        """Bring the present weights to the engine, which then is awake.
-
-        The room for its cache is taken last: carrying the weights takes room too.
-        """
-        with self._clock("sync"):
-            self.engine.wake_up(WEIGHTS)
-            self.weight_sync.push(self.global_step)
-            self.engine.wake_up(CACHE)
 
     def _keep_samples(self, made: Experiences) -> None:
         self.evaluator.samples.write(
@@ -367,14 +326,3 @@ class PPOLoop:
             SHOWN_IN_TRAINING,
             self.config.rollout.temperature,
         )
-
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        OURS.debug("phase: %s, after step %d", phase, self.global_step)
-        began = time.perf_counter()
-        yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
-
-    def _times(self, total: float) -> dict[str, float]:
-        """Return the seconds of each phase of the step."""
-        return {**{f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, "time/step": total}

@@ -22,11 +22,13 @@ from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, Prog
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
-from openrlhf.trainer.ppo.experience import ExperienceMaker, Roles
+from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.ledger import Ledger
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
+from openrlhf.trainer.ppo.rating import Rater
+from openrlhf.trainer.ppo.roles import Roles
 from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
@@ -135,10 +137,11 @@ def build_loop(
     Seeds this process: reward functions get their random numbers from it.
     """
     seed_everything(config.batch.seed)
-    maker = ExperienceMaker(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)
+    rater = Rater(config, roles, inputs.tokenizer, inputs.reward_function, inputs.true_score)
     samples = SampleLog(run.path / "samples.jsonl" if run.rank == 0 else None, inputs.tokenizer)
-    evaluator = Evaluator(config, inputs.eval_prompts, engine, maker, samples)
+    evaluator = Evaluator(config, inputs.eval_prompts, engine, rater, samples)
     callbacks = ppo_callbacks(config, run, roles)
+    maker = ExperienceMaker(config, roles, rater)
     return PPOLoop(config, roles, engine, weight_sync, maker, inputs.prompts, evaluator, callbacks)
 
 

@@ -17,32 +17,33 @@ class PromptStream:
     So no prompt comes twice in a rollout step, where it would be answered alike, and every episode has all of them.
 
     Args:
-        prompts: all of them.
+        prompts: see below.
         seed: of the run.
         episodes: passes over the prompts.
 
     Attributes:
+        prompts: all of them.
         position: prompts taken since the run began.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, episodes: int):
-        self._prompts, self._seed, self._episodes = prompts, seed, episodes
+        self.prompts, self._seed, self._episodes = prompts, seed, episodes
         self.position = 0
 
     @property
     def left(self) -> int:
         """Prompts not taken yet, of all episodes."""
-        return self._episodes * len(self._prompts) - self.position
+        return self._episodes * len(self.prompts) - self.position
 
     @property
     def episode(self) -> int:
         """The episode of the next prompt, counted from 0."""
-        return self.position // len(self._prompts)
+        return self.position // len(self.prompts)
 
     def steps_left(self, size: int) -> int:
         """Return how many batches of ``size`` prompts there still are; the last of an episode may be short."""
-        episodes, rest = divmod(self.left, len(self._prompts))
-        return episodes * math.ceil(len(self._prompts) / size) + math.ceil(rest / size)
+        episodes, rest = divmod(self.left, len(self.prompts))
+        return episodes * math.ceil(len(self.prompts) / size) + math.ceil(rest / size)
 
     def ahead(self, count: int, skipped: int = 0) -> list[Prompt]:
         """Return the next ``count`` prompts of this episode after ``skipped``, or as many as there are.
@@ -51,9 +52,9 @@ class PromptStream:
         """
         if not self.left:
             return []
-        row = self.position % len(self._prompts) + skipped
-        order = episode_order(len(self._prompts), self._seed, self.episode)
-        return [self._prompts[index] for index in order[row : row + count]]
+        row = self.position % len(self.prompts) + skipped
+        order = episode_order(len(self.prompts), self._seed, self.episode)
+        return [self.prompts[index] for index in order[row : row + count]]
 
 
 def episode_order(prompts: int, seed: int, episode: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
 from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
-from openrlhf.trainer.ppo.experience import ExperienceMaker, PolicyEngine, Roles
+from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.loop import PPOLoop
+from openrlhf.trainer.ppo.policy_engine import PolicyEngine
 from openrlhf.trainer.ppo.program import local_roles as make_roles
+from openrlhf.trainer.ppo.rating import Rater
+from openrlhf.trainer.ppo.roles import Roles
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 COUNT_E = (
@@ -88,7 +92,14 @@ def solo_strategy(config: RayPPOConfig) -> DeepSpeedStrategy:
 
 def tiny_prompts(tokenizer: Any, count: int) -> list[Prompt]:
     """Return ``count`` prompts of different length."""
-    texts = ["How many clips did " + "Natalia and " * (number % 3) + f"{number} sell?" for number in range(count)]
+    return prompts_of(
+        tokenizer,
+        ["How many clips did " + "Natalia and " * (number % 3) + f"{number} sell?" for number in range(count)],
+    )
+
+
+def prompts_of(tokenizer: Any, texts: Sequence[str]) -> list[Prompt]:
+    """Return the prompts of ``texts``, which have numbers for uids and labels."""
     return [
         Prompt(str(number), text, tuple(tokenizer(text).input_ids), label=str(number))
         for number, text in enumerate(texts)
@@ -120,25 +131,26 @@ def local_roles(config: RayPPOConfig, prompts: int) -> Roles:
 
 
 def local_loop(
-    config: RayPPOConfig, prompts: int = 16, eval_prompts: int = 0, stop_after: int | None = None
+    config: RayPPOConfig,
+    prompts: int = 16,
+    eval_prompts: int = 0,
+    stop_after: int | None = None,
+    texts: Sequence[str] = (),
 ) -> tuple[PPOLoop, Recorder]:
-    """Return a loop over ``prompts`` prompts and the recorder of its metrics."""
+    """Return a loop over ``prompts`` prompts, or over ``texts``, and the recorder of its metrics."""
+    prompts = len(texts) or prompts
     roles = local_roles(config, prompts)
     tokenizer = roles.policy.worker.tokenizer
     engine = PolicyEngine(roles.policy)
     evaluation = config.evaluation.eval_reward_func
-    maker = ExperienceMaker(
-        config,
-        roles,
-        tokenizer,
-        reward_source(config),
-        RewardProcess(evaluation) if evaluation else None,
-    )
+    true_score = RewardProcess(evaluation) if evaluation else None
+    rater = Rater(config, roles, tokenizer, reward_source(config), true_score)
+    maker = ExperienceMaker(config, roles, rater)
     run_path = Path(config.logging.run_path)
     run_path.mkdir(exist_ok=True)
     samples = SampleLog(run_path / "samples.jsonl", tokenizer)
-    rows = tiny_prompts(tokenizer, max(prompts, eval_prompts))
-    evaluator = Evaluator(config, rows[:eval_prompts], engine, maker, samples)
+    rows = prompts_of(tokenizer, texts) if texts else tiny_prompts(tokenizer, max(prompts, eval_prompts))
+    evaluator = Evaluator(config, rows[:eval_prompts], engine, rater, samples)
     recorder = Recorder(stop_after)
     layout = checkpoint_layout(config, roles)
     manager = CheckpointManager(config.checkpoint, SoloComm(), layout=layout, say=lambda _: None)

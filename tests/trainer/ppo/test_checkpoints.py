@@ -11,6 +11,7 @@ from openrlhf.errors import InfraError
 from openrlhf.strategy.checkpoint import CheckpointManager
 from openrlhf.strategy.comm import SoloComm
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing
+from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.loop import PPOLoop
 from tests.trainer.ppo.harness import local_loop, local_roles, reward_file, tiny_ppo_config
@@ -55,7 +56,7 @@ def test_a_rank_that_wrote_to_another_disk_is_an_error_and_no_checkpoint(made, t
 def test_the_best_step_is_that_of_the_true_score_if_there_is_one(scored, metric, tmp_path):
     path = reward_file(tmp_path) if scored else None
     config = PPOConfig(evaluation=EvalConfig(eval_reward_func=path, eval_temperature=(0.5, 1.0)))
-    loop = PPOLoop(config, None, None, None, None, [0], None)
+    loop = PPOLoop(config, None, None, None, ExperienceMaker(config, None, None), [0], None)
     assert loop.best_metric == (metric, True)
 
 

@@ -40,7 +40,7 @@ class ThreeShards(LocalGroup):
 def generated(loop, count: int = 4) -> list[Rollout]:
     rollout = loop.config.rollout
     sampling = SamplingParams(rollout.generate_max_len, rollout.temperature, n=rollout.n_samples_per_prompt)
-    return loop.engine.generate(loop.prompts[:count], sampling)
+    return loop.collector.engine.generate(loop.prompts[:count], sampling)
 
 
 def test_scores_are_clipped_before_the_group_baseline(tmp_path):
@@ -78,14 +78,14 @@ def test_rewards_of_models_and_of_a_function_are_added(tmp_path):
     rollouts = generated(loop)
     worker = loop.roles.rewards[0].worker
     single = worker.score(shard(rollouts, 1, 0))[0].tolist()
-    rated, true_scores = loop.maker.score(rollouts)
+    rated, true_scores = loop.maker.rater.score(rollouts)
     assert rated.scores.tolist() == pytest.approx(
         [2 * value + number for number, value in enumerate(single, start=1)], abs=1e-5
     )
     assert true_scores is None
-    loop.maker.config = replace(loop.config, reward=replace(reward, reward_weights="1,-3,1"))
+    loop.maker.rater.config = replace(loop.config, reward=replace(reward, reward_weights="1,-3,1"))
     weighted = [-2 * value + number for number, value in enumerate(single, start=1)]
-    assert loop.maker.rate(rollouts).scores.tolist() == pytest.approx(weighted, abs=1e-5)
+    assert loop.maker.rater.rate(rollouts).scores.tolist() == pytest.approx(weighted, abs=1e-5)
 
 
 def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
@@ -95,9 +95,9 @@ def test_shards_of_like_many_tokens_give_every_answer_its_own_reward(tmp_path):
     config = replace(with_algorithm(config, init_kl_coef=0.0), model=model, reward=reward)
     loop, _ = local_loop(config)
     rollouts = generated(loop, count=6)
-    expected = loop.maker.rate(rollouts).scores.tolist()
+    expected = loop.maker.rater.rate(rollouts).scores.tolist()
     cut, _ = local_loop(with_batch(config, use_dynamic_batch=True, train_max_tokens_per_gpu=30))
-    cut.maker.roles = replace(cut.roles, policy=ThreeShards(cut.roles.policy.worker))
+    cut.maker.roles = cut.maker.rater.roles = replace(cut.roles, policy=ThreeShards(cut.roles.policy.worker))
     made = cut.maker.make(rollouts)
     assert made.scores == pytest.approx(expected, abs=1e-5)
     assert len(made.shards) == 3 and sorted(len(part) for part in made.shards) == [2, 2, 2]
@@ -126,7 +126,7 @@ def test_the_reward_function_sees_query_prompt_and_label(tmp_path):
     )
     config = replace(tiny_ppo_config(tmp_path), reward=RewardConfig(remote_rm_url=reward_file(tmp_path, source)))
     loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
-    assert loop.maker.score(generated(loop, count=3))[0].scores.tolist() == [0, 0, 1, 1, 2, 2]
+    assert loop.maker.rater.score(generated(loop, count=3))[0].scores.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_reward_that_is_not_finite_names_its_prompt(tmp_path):
@@ -246,7 +246,7 @@ def test_experiences_do_not_depend_on_the_number_of_shards(tmp_path):
     loop, _ = local_loop(config)
     rollouts = generated(loop, count=7)
     one = loop.maker.make(rollouts)
-    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
+    loop.maker.roles = loop.maker.rater.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
     three = loop.maker.make(rollouts)
     assert [len(part) for part in three.shards] == [2, 2, 3]
     assert three.metrics == pytest.approx(one.metrics, abs=1e-5)
@@ -257,7 +257,7 @@ def test_experiences_do_not_depend_on_the_number_of_shards(tmp_path):
 
 def test_fewer_rollouts_than_shards_leave_some_empty(tmp_path):
     loop, _ = local_loop(tiny_ppo_config(tmp_path))
-    loop.maker.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
+    loop.maker.roles = loop.maker.rater.roles = replace(loop.roles, reference=ThreeShards(loop.roles.reference.worker))
     made = loop.maker.make(generated(loop, count=2))
     assert sorted(len(part) for part in made.shards) == [0, 1, 1]
     assert loop.update(made)["policy_loss"] == pytest.approx(0.0, abs=1.0)
@@ -268,8 +268,8 @@ def test_a_reward_model_may_get_a_shard_without_answers(tmp_path):
     model = PPOModelConfig(pretrain=config.model.pretrain, reward_pretrain=tiny_reward_model(tmp_path / "rm"))
     loop, _ = local_loop(replace(config, model=model, reward=RewardConfig()))
     rollouts = generated(loop, count=2)
-    scores = loop.maker.rate(rollouts).scores.tolist()
-    loop.maker.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
+    scores = loop.maker.rater.rate(rollouts).scores.tolist()
+    loop.maker.roles = loop.maker.rater.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
     assert loop.maker.make(rollouts).scores == pytest.approx(scores, abs=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_dealing_keeps_order_and_balance():
 
 def test_prompts_of_different_length_are_made_for_the_tests(tmp_path):
     loop, _ = local_loop(tiny_ppo_config(tmp_path))
-    assert len({len(prompt.token_ids) for prompt in tiny_prompts(loop.maker.tokenizer, 6)}) > 1
+    assert len({len(prompt.token_ids) for prompt in tiny_prompts(loop.maker.rater.tokenizer, 6)}) > 1
 
 
 def test_penalties_for_length_come_after_the_clip_and_before_the_baseline(tmp_path):
@@ -314,12 +314,12 @@ def test_penalties_for_length_come_after_the_clip_and_before_the_baseline(tmp_pa
 def test_remax_subtracts_the_reward_of_the_greedy_answer_to_the_same_prompt(tmp_path):
     config = with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="remax", init_kl_coef=0.0)
     loop, _ = local_loop(with_rollout(config, n_samples_per_prompt=2))
-    rollouts, greedy = loop._generate(list(loop.prompts[:3]))
+    rollouts, greedy = loop.collector.generate(list(loop.prompts[:3]), 0)
     assert [rollout.prompt.uid for rollout in greedy] == ["0", "1", "2"]
-    again = loop.engine.generate(list(loop.prompts[:3]), SamplingParams(6, temperature=0.0, seed=7))
+    again = loop.collector.engine.generate(list(loop.prompts[:3]), SamplingParams(6, temperature=0.0, seed=7))
     assert [rollout.token_ids for rollout in greedy] == [rollout.token_ids for rollout in again]
     made = loop.maker.make(rollouts, greedy)
-    baseline = loop.maker.score(greedy)[0].scores.tolist()
+    baseline = loop.maker.rater.score(greedy)[0].scores.tolist()
     (experience,) = made.shards
     for row, keep in enumerate(experience.action_mask):
         assert float(experience.returns[row][keep][-1]) == pytest.approx(made.scores[row] - baseline[row // 2])

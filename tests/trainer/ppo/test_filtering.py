@@ -12,9 +12,11 @@ from openrlhf.config.ppo import EvalConfig, RewardConfig, RolloutConfig
 from openrlhf.errors import DataError, Preempted
 from openrlhf.rollout.types import Prompt
 from openrlhf.strategy import signals
-from openrlhf.trainer.ppo.experience import Rated
+from openrlhf.trainer.callbacks import Callbacks
 from openrlhf.trainer.ppo.filtering import fill, passing
+from openrlhf.trainer.ppo.ledger import Ledger
 from openrlhf.trainer.ppo.prompt_stream import PromptStream
+from openrlhf.trainer.ppo.rating import Rated
 from tests.trainer.ppo.harness import (
     local_loop,
     policy_weights,
@@ -129,23 +131,109 @@ def test_a_run_with_a_filter_learns_from_full_batches_and_from_the_rest_of_each_
     assert [step for step, _ in recorder.evaluations][0] == 0 and recorder.evaluations[-1][0] == 4
 
 
-def test_the_rest_of_an_episode_in_which_nothing_passes_ends_the_run_with_its_evaluation(tmp_path):
+def passing_first(loop, count: int) -> None:
+    """Have the prompts whose groups pass come first in every episode over ``count`` prompts."""
+    ordered = sorted(loop.prompts, key=lambda prompt: int(prompt.uid) % 3 != 1)
+    loop.stream.ahead = lambda number, skipped=0: (
+        ordered[loop.stream.position % count + skipped :][:number] if loop.stream.left else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "told"), [(-1, [0, 4, 8]), (1, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (3, [0, 3, 6, 8]), (8, [0, 8])]
+)
+def test_where_the_rest_of_an_episode_is_left_out_its_evaluation_is_told_once(tmp_path, every, told):
+    config = filtering_config(tmp_path, rollout_batch_size=1, num_episodes=2)
+    config = replace(config, evaluation=EvalConfig(eval_temperature=(0.0,)))
+    config = replace(config, logging=replace(config.logging, eval_steps=every))
+    loop, recorder = local_loop(config, prompts=12, eval_prompts=2)
+    passing_first(loop, 12)
+    loop.fit()
+    assert (loop.global_step, loop.stream.left) == (8, 0)
+    assert [step for step, _ in recorder.evaluations] == told
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["when"] for line in lines if line["when"] != "train"] == ["before"] * 2 + ["after"] * 2
+
+
+def test_a_resumed_run_does_not_tell_an_evaluation_again(tmp_path):
     config = filtering_config(tmp_path, rollout_batch_size=1, num_episodes=1)
     config = replace(config, evaluation=EvalConfig(eval_temperature=(0.0,)))
-    loop, recorder = local_loop(config, prompts=12, eval_prompts=2)
-    # The prompts that pass come first.
-    loop.stream._prompts = sorted(loop.prompts, key=lambda prompt: int(prompt.uid) % 3 != 1)
-    loop.stream.ahead = lambda count, skipped=0: loop.stream._prompts[loop.stream.position + skipped :][:count]
+    config = replace(config, logging=replace(config.logging, eval_steps=1))
+    config = replace(config, checkpoint=replace(config.checkpoint, save_steps=1))
+    loop, _ = local_loop(config, prompts=12, eval_prompts=2)
+    passing_first(loop, 12)
     loop.fit()
-    assert (loop.global_step, loop.stream.left) == (4, 0)
-    assert [step for step, _ in recorder.evaluations] == [0, 4]
+    config = replace(config, checkpoint=replace(config.checkpoint, load_checkpoint=True))
+    again, recorder = local_loop(config, prompts=12, eval_prompts=2)
+    passing_first(again, 12)
+    again.fit()
+    assert again.global_step == 4 and recorder.steps == recorder.evaluations == []
 
 
-def test_a_filter_that_lets_nothing_pass_is_an_error_that_names_the_range(tmp_path):
-    loop, recorder = local_loop(filtering_config(tmp_path, NONE), prompts=8)
+def test_a_filter_that_lets_nothing_pass_is_an_error_after_one_episode(tmp_path):
+    loop, recorder = local_loop(filtering_config(tmp_path, NONE, num_episodes=3), prompts=8)
+    asked = []
+    generate = loop.collector.engine.generate
+    loop.collector.engine.generate = lambda prompts, sampling: asked.extend(prompts) or generate(prompts, sampling)
     with pytest.raises(DataError, match="mean score between 0 and 1. Set --dynamic_filtering_reward_range"):
         loop.fit()
-    assert recorder.steps == []
+    assert recorder.steps == [] and len(asked) == 8
+
+
+def test_when_nothing_passes_any_more_the_last_step_is_kept(tmp_path):
+    counted = (
+        "calls = []\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    calls.append(1)\n"
+        "    return [float(len(calls) == 1 and row % 2 == 0) for row in range(len(queries))]\n"
+    )
+    loop, recorder = local_loop(filtering_config(tmp_path, counted, num_episodes=3), prompts=4)
+    with pytest.raises(DataError, match="nothing to learn from after step 1 .*--load_checkpoint.*all 4 prompts"):
+        loop.fit()
+    assert [step["step"] for step in recorder.steps] == [1]
+    assert (tmp_path / "ckpt" / "global_step1" / "manifest.json").is_file()
+
+
+def ledger_of(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_the_ledger_has_every_prompt_once_an_episode_as_learned_from_or_dropped(tmp_path):
+    loop, recorder = local_loop(filtering_config(tmp_path), prompts=26)
+    loop.callbacks = Callbacks([loop.callbacks, Ledger(tmp_path / "ledger.jsonl")])
+    loop.fit()
+    lines, seen = ledger_of(tmp_path), []
+    for line in lines:
+        seen += [*line["samples"], *line["dropped"]]
+        assert len(seen) == line["taken"]
+        assert all(int(uid) % 3 == 1 for uid in line["samples"])
+        assert all(int(uid) % 3 != 1 for uid in line["dropped"])
+    assert sorted(seen[:26], key=int) == sorted(seen[26:], key=int) == [str(n) for n in range(26)]
+    assert [line["step"] for line in lines if line["samples"]] == [step["step"] for step in recorder.steps]
+
+
+@pytest.mark.parametrize("position", [0, 4, 12, 24])
+def test_the_ledger_of_a_run_that_goes_on_keeps_what_is_not_asked_again(tmp_path, position):
+    loop, _ = local_loop(filtering_config(tmp_path, rollout_batch_size=1), prompts=12)
+    passing_first(loop, 12)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    loop.callbacks = Callbacks([loop.callbacks, ledger])
+    loop.fit()
+    lines = ledger_of(tmp_path)
+    # Each episode: four steps, and then the rest without one.
+    assert [(line["step"], line["taken"]) for line in lines] == [
+        *((1, 1), (2, 2), (3, 3), (4, 4), (4, 12), (5, 13), (6, 14), (7, 15), (8, 16), (8, 24)),
+    ]
+    loop.stream.position = position
+    ledger.on_start(loop)
+    assert ledger_of(tmp_path) == [line for line in lines if line["taken"] <= position]
+
+
+def test_the_time_to_score_what_a_filter_judges_is_that_of_making_experiences(tmp_path):
+    slow = "import time\n" + HALF.replace("    return", "    time.sleep(0.5)\n    return")
+    loop, recorder = local_loop(filtering_config(tmp_path, slow, num_episodes=1), prompts=12)
+    loop.fit()
+    assert all(step["time/make_experience"] > 0.5 for step in recorder.steps)
 
 
 class StoppingReward:
@@ -169,7 +257,7 @@ def test_a_run_with_a_filter_goes_on_bit_for_bit(tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(signals, "_state", signals._State())
     stopped, first = local_loop(config, prompts=24)
-    stopped.maker.reward_function = StoppingReward(stopped.maker.reward_function, at)
+    stopped.maker.rater.reward_function = StoppingReward(stopped.maker.rater.reward_function, at)
     with pytest.raises(Preempted):
         stopped.fit()
     monkeypatch.setattr(signals, "_state", signals._State())

@@ -196,7 +196,7 @@ def test_asked_to_stop_it_drops_the_rollout_and_goes_on_bit_for_bit(tmp_path, mo
 
     monkeypatch.setattr(signals, "_state", signals._State())
     stopped, first = local_loop(config, eval_prompts=4)
-    stopped.engine = stopped.evaluator.engine = AskingEngine(stopped.engine, asked_at)
+    stopped.collector.engine = stopped.evaluator.engine = AskingEngine(stopped.collector.engine, asked_at)
     with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {done}; "):
         stopped.fit()
     monkeypatch.setattr(signals, "_state", signals._State())
@@ -256,7 +256,7 @@ def test_a_reward_function_draws_the_same_random_numbers_again_when_what_it_scor
     whole, recorder = loop_in("whole")
     whole.fit()
     stopped, first = loop_in("part")
-    stopped.maker.reward_function = AskingReward(stopped.maker.reward_function, asked_at)
+    stopped.maker.rater.reward_function = AskingReward(stopped.maker.rater.reward_function, asked_at)
     with pytest.raises(Preempted, match="after step 1; "):
         stopped.fit()
     random.seed(99)
@@ -334,7 +334,7 @@ def test_several_passes_over_a_rollout_reuse_its_samples(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_names_the_prompts(tmp_path, role):
     loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"))
     worker = {"actor": loop.roles.policy, "critic": loop.roles.critic}[role].worker
-    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop.collector.generate(list(loop.prompts[:8]), 0))
     before = {name: weight.clone() for name, weight in worker.engine.named_weights()}
     column = made.shards[0].advantages if role == "actor" else made.shards[0].returns
     column[5] = float("inf")
@@ -350,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change_and_n
 def test_a_step_that_may_be_left_out_is_counted_and_the_run_goes_on(tmp_path):
     config = with_batch(tiny_ppo_config(tmp_path), max_skipped_steps=1, train_batch_size=4, max_epochs=2)
     loop, _ = local_loop(config)
-    made = loop.maker.make(*loop._generate(list(loop.prompts[:8])))
+    made = loop.maker.make(*loop.collector.generate(list(loop.prompts[:8]), 0))
     before = policy_weights(loop)
     made.shards[0].advantages[5] = float("inf")
     metrics = loop.update(made)
@@ -411,7 +411,7 @@ class Waited(LocalGroup):
 @pytest.mark.parametrize("shared", [True, False])
 def test_actor_and_critic_learn_one_after_the_other_where_they_share_devices(tmp_path, shared):
     loop, _ = local_loop(with_algorithm(tiny_ppo_config(tmp_path), advantage_estimator="gae"), prompts=8)
-    experiences = loop.maker.make(loop.engine.generate(loop.prompts, SamplingParams(max_new_tokens=4)))
+    experiences = loop.maker.make(loop.collector.engine.generate(loop.prompts, SamplingParams(max_new_tokens=4)))
     journal, roles = [], loop.roles
     loop.roles = replace(
         roles,

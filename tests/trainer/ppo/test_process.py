@@ -13,8 +13,8 @@ from openrlhf.config.ppo import RewardConfig
 from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.errors import UsageError
 from openrlhf.ray.placement import Placement
-from openrlhf.trainer.ppo.experience import Rated
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
+from openrlhf.trainer.ppo.rating import Rated
 from openrlhf.trainer.ppo.shards import shard
 from tests.helpers import tiny_folder
 from tests.trainer.ppo.harness import (
@@ -95,9 +95,9 @@ def test_what_is_learned_from_is_what_comes_after_an_action_less_the_baseline(tm
     config = with_rollout(config, n_samples_per_prompt=2)
     loop, _ = local_loop(with_batch(config, use_dynamic_batch=shards > 1))
     if shards > 1:
-        loop.maker.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
-    tokens = step_tokens(config, loop.maker.tokenizer)
-    rollouts = answers_of(loop.maker.tokenizer)
+        loop.maker.roles = loop.maker.rater.roles = replace(loop.roles, policy=ThreeShards(loop.roles.policy.worker))
+    tokens = step_tokens(config, loop.maker.rater.tokenizer)
+    rollouts = answers_of(loop.maker.rater.tokenizer)
     steps = expected_steps(config, rollouts, tokens)
     loop.maker.config = replace(loop.maker.config, vllm=replace(config.vllm, sync_tolerance=1e9))
     made = loop.maker.make(rollouts)
@@ -141,7 +141,7 @@ def test_gae_with_a_critic_runs_on_process_rewards_alone(tmp_path):
 
 def test_rated_answers_keep_their_steps_when_some_are_chosen(tmp_path):
     loop, _ = local_loop(with_rollout(process_config(tmp_path), n_samples_per_prompt=2))
-    rated = loop.maker.rate(answers_of(loop.maker.tokenizer))
+    rated = loop.maker.rater.rate(answers_of(loop.maker.rater.tokenizer))
     chosen = Rated.join([rated.select([3]), rated.select([0, 1])])
     assert chosen.steps == [rated.steps[row] for row in (3, 0, 1)]
     assert chosen.of_steps.tolist() == pytest.approx([sum(row) for row in chosen.steps], abs=1e-6)

@@ -34,7 +34,7 @@ class WeightsInProcess:
 def loop_with(engine: VLLMEngine, config) -> tuple[PPOLoop, Recorder]:
     """Return a loop whose samples come from ``engine``."""
     loop, recorder = local_loop(config, prompts=8)
-    loop.engine, loop.weight_sync = engine, WeightsInProcess(loop.roles.policy, engine)
+    loop.collector.engine, loop.collector.weight_sync = engine, WeightsInProcess(loop.roles.policy, engine)
     return loop, recorder
 
 
