@@ -23,9 +23,9 @@ CONFIGS = {
     "train_ppo_ray": "RayPPOConfig",
     "serve_rm": "ServeConfig",
 }
-MODULES = {"train_ppo": "ppo", "train_ppo_ray": "ppo", "serve_rm": "serve"}
+MODULES = {"train_ppo": "ppo", "train_ppo_ray": "ppo_ray", "serve_rm": "serve"}
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
-OPTIONAL = {"${placement[@]}"}
+OPTIONAL = {"${placement[@]}", "${flags[$name]}"}
 PLACEHOLDERS = {"$engines": "1", "$seed": "0"}
 
 

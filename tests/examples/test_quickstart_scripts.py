@@ -13,7 +13,7 @@ SIZES = "--demonstrations 192 --pairs 128 --prompts 256 --held_out 32"
 STAGES = {
     "quickstart": ["task", "sft", "reward_model", "ppo"],
     "family": ["task", "sft", "family_task", "dpo", "kto", "teacher", "kd", "prm"],
-    "estimators": ["task", "sft", *("gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "gspo")],
+    "estimators": ["task", "sft", "gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "gspo"],
 }
 
 
