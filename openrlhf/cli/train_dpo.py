@@ -38,7 +38,7 @@ def options(config: DPOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[
         "pair_loss": partial(config.pair_loss.load(), **config.loss_options),
         "beta": config.beta,
         "nll_loss_coef": config.nll_loss_coef,
-        "reference": path and load_reference(config, strategy, engine, path, flag, inputs.sets),
+        "reference": path and load_reference(config, strategy, engine, path, flag, inputs.sets, inputs.folder),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
@@ -93,9 +94,9 @@ class ProcessRewardDataset(TokenisedRows):
         return ProcessRewardRow(ids.tolist(), places.tolist(), labels.tolist())
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return self._rows.lengths(0).tolist()
+        return self._rows.lengths(0)
 
     def collate(self, rows: Sequence[ProcessRewardRow]) -> ProcessRewardBatch:
         """Return the rows padded on the right; no rows give one dummy row that trains nothing."""

@@ -21,7 +21,6 @@ from torch import Tensor
 from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.fingerprint import fingerprint
-from openrlhf.datasets.sampler import StepSampler
 from openrlhf.errors import DataError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
@@ -30,6 +29,7 @@ from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
+from openrlhf.trainer.sampling import in_order, sampler_of
 
 LONG_STEP_S = 2.0
 """A step that takes longer is left between its micro-batches when the run is asked to stop."""
@@ -97,8 +97,8 @@ class Trainer:
         self._counts = strategy.ring.rank == 0
         if batch.use_dynamic_batch:
             engine.module.insist_on_packing("--use_dynamic_batch")
-        self.sampler = self._sampler(
-            len(train_data), batch.train_batch_size, shuffle=True, lengths=getattr(train_data, "lengths", None)
+        self.sampler = sampler_of(
+            batch, strategy, len(train_data), batch.train_batch_size, lengths=getattr(train_data, "lengths", None)
         )
         self.callbacks = Callbacks(callbacks)
         self.window = MeanWindow(self.window_names)
@@ -115,8 +115,12 @@ class Trainer:
         """Return the loss of one micro-batch; evaluation calls it too, without gradients."""
         raise NotImplementedError
 
-    def prepare(self, rows: list[list[int]]) -> None:
-        """Look at the rows of this rank's micro-batches before the first backward of a step; most need not."""
+    def before_step(self, micros: list[list[int]], stoppable: bool) -> None:
+        """Measure what the losses of a step need, before the first of them; most algorithms need nothing.
+
+        ``micros``: numbers of the rows of each micro-batch of this rank. ``stoppable``: the step may take long and is
+        left when the run is asked to stop.
+        """
 
     def before_export(self) -> None:
         """Bring up to date what an export holds beside the weights; called before each, and after the last step."""
@@ -197,21 +201,21 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Return the metrics over all evaluation rows, and tell the callbacks."""
         self.position.evaluating = True
-        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data), leave=True))
+        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data), stoppable=True))
         self.position.evaluating = False
         self.callbacks.on_evaluate(self, values)
         return values
 
     @torch.no_grad()
-    def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
+    def measure(self, data: Any, n_rows: int, stoppable: bool = False) -> dict[str, Mean]:
         """Return the metrics of the first ``n_rows`` of ``data``, over all ranks, in evaluation mode.
 
-        ``leave``: it may be left half done when the run is asked to stop.
+        ``stoppable``: it is left half done when the run is asked to stop.
         """
         sums = MetricSums()
         self.engine.eval()
-        for step in self._eval_sampler(data, n_rows).epoch(0):
-            if leave:
+        for step in in_order(data, n_rows, self.batch, self.strategy).epoch(0):
+            if stoppable:
                 self.leave_if_asked()
             for rows in step:
                 sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=self._counts and bool(rows))
@@ -250,25 +254,6 @@ class Trainer:
     def _fingerprint(self) -> str:
         return fingerprint(self.train_data)
 
-    def _sampler(self, n_rows: int, rows_per_step: int, **order: Any) -> StepSampler:
-        budget = self.batch.max_tokens_per_gpu
-        return StepSampler(
-            n_rows,
-            rows_per_step,
-            self.batch.micro_train_batch_size,
-            self.batch.seed,
-            rank=self.strategy.data_parallel_rank,
-            world_size=self.strategy.data_parallel_size,
-            max_tokens=None if budget is None else budget * self.strategy.ring.size,
-            **order,
-        )
-
-    def _eval_sampler(self, data: Any, n_rows: int) -> StepSampler:
-        if self.batch.use_dynamic_batch:
-            return self._sampler(n_rows, self.batch.train_batch_size, shuffle=False, lengths=data.lengths[:n_rows])
-        rows_at_once = self.batch.micro_train_batch_size * self.strategy.data_parallel_size
-        return self._sampler(n_rows, rows_at_once, shuffle=False)
-
     def _collate(self, data: Any, rows: list[int]):
         return data.collate([data[row] for row in rows]).to(self.strategy.device)
 
@@ -294,8 +279,8 @@ class Trainer:
         Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
         """
         batches = [self._collate(self.train_data, micro) for micro in rows]
-        self.prepare(rows)
         weight, micro_batches, is_long = self._agree_on_step(rows, batches)
+        self.before_step(rows, is_long)
         # Of an auxiliary loss each rank of a ring has that of its own tokens.
         share = weight / micro_batches / self.strategy.ring.size
         sums, losses = MetricSums(), []

@@ -83,6 +83,9 @@ class UnpairedRows(Rows):
         tokens = self.batch.sequences
         return torch.cat([tokens[prompt, : at[0]], tokens[answer, at[1] : LENGTHS[answer]]]), at[0]
 
+    def mismatched_length(self, prompt: int, answer: int) -> int:
+        return len(self.mismatched(prompt, answer)[0])
+
     def collate(self, rows: list) -> UnpairedBatch:
         if all(isinstance(row, int) for row in rows):
             return super().collate(rows)
