@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -22,7 +21,7 @@ from openrlhf.ops.preference_loss import kto_loss
 from openrlhf.trainer.frozen import answer_log_probs
 from openrlhf.trainer.known import KnownAnswers, Reference, answer_keys
 from openrlhf.trainer.loop import StepOutput, Trainer
-from openrlhf.trainer.metrics import Mean, MetricSums
+from openrlhf.trainer.metrics import Mean, MetricSums, divergence
 from openrlhf.trainer.sampling import in_order
 
 Asked = tuple[UnpairedBatch, Tensor, bool]
@@ -92,9 +91,7 @@ class KTOTrainer(Trainer):
             drift = answer_log_probs(self.engine, batch) - said
             sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and counted)
         self.engine.train()
-        mean = sums.reduce(self.comm)["drift"].value
-        # What is not finite must reach the loss: the step then stops before the weights change.
-        self.drift = torch.tensor(max(0.0, mean) if math.isfinite(mean) else math.nan, device=self.strategy.device)
+        self.drift = divergence(sums.reduce(self.comm)["drift"], self.strategy.device)
 
     def _asked_together(self, data: Any, mismatched: Mismatched, micros: Sequence[list[int]]) -> Iterator[Asked]:
         """Ask the reference about rows and their mismatched rows at once: they share their prompts.

@@ -45,6 +45,7 @@ from tests.trainer.gradient_formulas import (
     experience,
     kd_formula,
     kto_formula,
+    kto_pair_formula,
     pairs,
     policy_formula,
     prm_formula,
@@ -113,7 +114,9 @@ def pair_step(loss: str, **flags: float) -> Callable:
     def own(other: Callable) -> dict:
         reference = partial(answer_log_probs, other()) if entry.needs_reference else None
         pair_loss = partial(entry.load(), **flags)
-        return {"pair_loss": pair_loss, "beta": flags["beta"], "reference": reference, "nll_loss_coef": nll}
+        measured = entry.needs_divergences
+        common = {"beta": flags["beta"], "reference": reference, "nll_loss_coef": nll}
+        return {"pair_loss": pair_loss, "measures_divergences": measured, **common}
 
     return partial(actor_step, DPOTrainer, pairs(), own)
 
@@ -171,6 +174,7 @@ LOSSES = {
     "sft": (sft_formula, partial(actor_step, SFTTrainer, sft_rows(), lambda other: {})),
     "dpo": (dpo_formula, pair_step("dpo", beta=0.3, label_smoothing=0.1, nll_loss_coef=0.2)),
     "simpo": (simpo_formula, pair_step("simpo", beta=2.0, target_margin=0.5)),
+    "kto_pair": (kto_pair_formula, pair_step("kto_pair", beta=0.1)),
     "kto": (kto_formula, partial(actor_step, KTOTrainer, UnpairedRows(), kto_options)),
     "sft_lora": (adapted(sft_formula), partial(actor_step, SFTTrainer, sft_rows(), lambda other: {}, lora=True)),
     "dpo_lora": (

@@ -22,6 +22,7 @@ DIAGONAL = [
     ["dpo", True, 2, 2],
     ["dpo", False, 3, 1],
     ["simpo", True, 0, 4],
+    ["kto_pair", True, 2, 2],
     ["kto", True, 1, 2],
     ["kto", False, 3, 4],
     ["kd", True, 3, 1],
