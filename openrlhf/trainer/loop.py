@@ -177,8 +177,8 @@ class Trainer:
             if self.evaluating:
                 self.evaluate()
             for epoch in range(self.position.epoch, self.batch.max_epochs):
-                for rows in self.sampler.epoch(epoch, start_step=self.position.step):
-                    metrics = self._train_step(rows)
+                for micros in self.sampler.epoch(epoch, start_step=self.position.step):
+                    metrics = self._train_step(micros)
                     self.callbacks.on_step_end(self, metrics)
             self.leave_if_asked()
             self.before_export()
@@ -217,8 +217,8 @@ class Trainer:
         for step in in_order(data, n_rows, self.batch, self.strategy).epoch(0):
             if stoppable:
                 self.leave_if_asked()
-            for rows in step:
-                sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=self._counts and bool(rows))
+            for micro in step:
+                sums.add(self.compute_loss(self._collate(data, micro)).metrics, counted=self._counts and bool(micro))
         self.engine.train()
         return sums.reduce(self.comm)
 
@@ -257,13 +257,13 @@ class Trainer:
     def _collate(self, data: Any, rows: list[int]):
         return data.collate([data[row] for row in rows]).to(self.strategy.device)
 
-    def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
-        """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
+    def _train_step(self, micros: list[list[int]]) -> dict[str, float]:
+        """Train on this rank's micro-batches, lists of row numbers; return the metrics of the step over all ranks."""
         began = time.perf_counter()
         with rewound_when_stopped():
-            totals, losses, again = self._accumulate(rows)
+            totals, losses, again = self._accumulate(micros)
         tokens = totals.pop("tokens").total
-        result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
+        result = self.guard.step(f"step {self.global_step + 1}", micros, losses, again)
         self._advance()
         self._step_seconds = time.perf_counter() - began
         pace = {"tokens_per_second": tokens / self._step_seconds, "time/step": self._step_seconds}
@@ -273,18 +273,18 @@ class Trainer:
         step = {"lr": result.lr, "grad_norm": result.grad_norm}
         return {**self.train_values(totals), **self.window.add(totals), **step, **pace}
 
-    def _accumulate(self, rows: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
+    def _accumulate(self, micros: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
         """Add up the gradients of a step.
 
         Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
         """
-        batches = [self._collate(self.train_data, micro) for micro in rows]
-        weight, micro_batches, is_long = self._agree_on_step(rows, batches)
-        self.before_step(rows, is_long)
+        batches = [self._collate(self.train_data, micro) for micro in micros]
+        weight, micro_batches, is_long = self._agree_on_step(micros, batches)
+        self.before_step(micros, is_long)
         # Of an auxiliary loss each rank of a ring has that of its own tokens.
         share = weight / micro_batches / self.strategy.ring.size
         sums, losses = MetricSums(), []
-        for micro, batch in zip(rows, batches, strict=True):
+        for micro, batch in zip(micros, batches, strict=True):
             if is_long:
                 self.leave_if_asked()
             loss, metrics = self._loss(micro, batch, share)
@@ -292,7 +292,7 @@ class Trainer:
             losses.append(loss.detach())
             tokens = batch.attention_mask.sum()
             sums.add({**metrics, "tokens": (tokens, tokens)}, counted=self._counts and bool(micro))
-        again = [partial(self._loss_alone, *pair, share) for pair in zip(rows, batches, strict=True)]
+        again = [partial(self._loss_alone, *pair, share) for pair in zip(micros, batches, strict=True)]
         return sums.reduce(self.comm), losses, again
 
     def _loss(self, micro: list[int], batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
@@ -310,12 +310,12 @@ class Trainer:
     def _loss_alone(self, *arguments: Any) -> Tensor:
         return self._loss(*arguments)[0]
 
-    def _agree_on_step(self, rows: list[list[int]], batches: list) -> tuple[float, float, bool]:
+    def _agree_on_step(self, micros: list[list[int]], batches: list) -> tuple[float, float, bool]:
         """Return the weight of the step over all ranks, its micro-batches with rows, and whether it may take long.
 
         The same sum tells whether a rank was asked to stop: asking costs nothing.
         """
-        weights = [self.weight(batch) for micro, batch in zip(rows, batches, strict=True) if micro]
+        weights = [self.weight(batch) for micro, batch in zip(micros, batches, strict=True) if micro]
         total = torch.zeros(4, dtype=torch.float64, device=self.strategy.device)
         if weights and self._counts:
             total[0], total[1] = torch.stack(weights).sum(), len(weights)
