@@ -29,7 +29,7 @@ def recipe(config: KTOConfig) -> Recipe:
 def options(config: KTOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[str, Any]:
     """Return the weights of the loss, and the reference model."""
     from openrlhf.trainer.frozen import load_reference
-    from openrlhf.trainer.kto import mismatched_sets
+    from openrlhf.trainer.mismatched import mismatched_sets
 
     def sets() -> list[Any]:
         return inputs.sets() + mismatched_sets(inputs.train, inputs.evaluation, config.batch)

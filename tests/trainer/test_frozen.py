@@ -13,7 +13,7 @@ from openrlhf.models.actor import Actor
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.frozen import ANSWERS, answer_log_probs
 from openrlhf.trainer.known import KnownAnswers, ask_about
-from openrlhf.trainer.kto import mismatched_sets
+from openrlhf.trainer.mismatched import mismatched_sets
 from tests.cli.supervised import answers, pairs, without_speed, write_rows
 from tests.helpers import tiny_folder
 from tests.trainer.language import Recorder, reference_of, solo, transformers_model
