@@ -17,15 +17,16 @@ from openrlhf.errors import DataError
 def partners(rows: Sequence[int], n_rows: int) -> np.ndarray:
     """Return ``(N, 2)``: each row of a step, or of an evaluation, in their order, and the one that lends its answer.
 
-    That is the next of the same step, after the last the first. A step of one row borrows from the next of the
-    ``n_rows`` of the data: with its own answer the row would not be mismatched.
+    That is the next of the same step, after the last the first. Rows may be named more than once, as the ranks of a
+    ring do. A step of one row borrows from the next of the ``n_rows`` of the data: with its own answer the row would
+    not be mismatched.
 
     Raises:
         DataError: the data has no second row.
     """
     if n_rows < 2:
         raise DataError("KTO measures the drift of the policy on a prompt with the answer to another: give two rows")
-    ordered = np.sort(np.asarray(rows, np.int64))
+    ordered = np.unique(np.asarray(rows, np.int64))
     lenders = np.roll(ordered, -1) if len(ordered) > 1 else (ordered + 1) % n_rows
     return np.stack([ordered, lenders], axis=1)
 

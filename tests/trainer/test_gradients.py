@@ -40,6 +40,7 @@ RINGS = [
     ["rm", True, 3, 1],
     ["dpo", True, 3, 2],
     ["kto", True, 1, 4],
+    ["kto_lora", True, 1, 4],
     ["kd", True, 3, 1],
     ["prm", True, 2, 2],
 ]

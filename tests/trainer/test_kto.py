@@ -10,6 +10,7 @@ from openrlhf.datasets.unpaired_preference import UnpairedPreferenceDataset
 from openrlhf.errors import DataError, NumericError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.trainer.kto import KTOTrainer
+from openrlhf.trainer.mismatched import partners
 from tests.cli.supervised import pairs
 from tests.helpers import tiny_folder, tiny_tokenizer
 from tests.trainer.language import Recorder, answer_log_prob, reference_of, trainer_of, transformers_model
@@ -104,6 +105,11 @@ def test_a_step_of_one_row_borrows_the_answer_of_another_step(folders, tmp_path)
         assert float(trainer.drift) == pytest.approx(max(0.0, borrowed), rel=1e-4, abs=1e-6)
         found.append(borrowed)
     assert found[0] == -found[1] and abs(found[0]) > 0.1
+
+
+def test_a_row_that_several_ranks_name_is_not_its_own_partner():
+    assert partners([4, 0, 2, 4, 0, 2], 7).tolist() == [[0, 2], [2, 4], [4, 0]]
+    assert partners([6, 6], 7).tolist() == [[6, 0]]
 
 
 def test_data_of_one_row_is_refused(folders, tmp_path):
