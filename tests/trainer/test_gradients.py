@@ -9,7 +9,8 @@ import pytest
 
 from tests.helpers import tiny_folder
 from tests.strategy.ranks import run_ranks
-from tests.trainer.gradient_programs import differences, every_case, ring_cases
+from tests.trainer.gradient_adapters import write_models
+from tests.trainer.gradient_programs import LOSSES, differences, every_case, ring_cases
 from tests.trainer.ppo.harness import tiny_reward_model
 
 TOLERANCE = 1e-5
@@ -21,6 +22,7 @@ DIAGONAL = [
     ["dpo", True, 2, 2],
     ["dpo", False, 3, 1],
     ["simpo", True, 0, 4],
+    ["kto_pair", True, 2, 2],
     ["kto", True, 1, 2],
     ["kto", False, 3, 4],
     ["kd", True, 3, 1],
@@ -32,11 +34,13 @@ DIAGONAL = [
     ["value", True, 1, 4],
     ["value", False, 2, 2],
 ]
+ADAPTERS = [["sft_lora", True, 2, 4], ["dpo_lora", False, 3, 2], ["kto_lora", True, 0, 2]]
 RINGS = [
     ["sft", True, 2, 2],
     ["rm", True, 3, 1],
     ["dpo", True, 3, 2],
     ["kto", True, 1, 4],
+    ["kto_lora", True, 1, 4],
     ["kd", True, 3, 1],
     ["prm", True, 2, 2],
 ]
@@ -50,6 +54,7 @@ def check(folder, ranks: int, cases: list[list], timeout: float = 240, **how: in
     tiny_folder(folder / "policy")
     tiny_folder(folder / "frozen", seed=1)
     tiny_reward_model(folder / "reward")
+    write_models(folder)
     if ranks == 1:
         results = [differences(str(folder), cases, **how)]
     else:
@@ -68,6 +73,19 @@ def check(folder, ranks: int, cases: list[list], timeout: float = 240, **how: in
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradient_of_every_loss_is_that_of_plain_torch(tmp_path, ranks):
     check(tmp_path, ranks, DIAGONAL)
+
+
+def test_the_gradient_of_adapters_is_that_of_plain_torch(tmp_path):
+    check(tmp_path, 1, ADAPTERS)
+
+
+@pytest.mark.full
+def test_the_gradient_of_adapters_is_that_of_plain_torch_on_two_ranks(tmp_path):
+    check(
+        tmp_path,
+        2,
+        [[case[0], packed, stage, 2] for case in ADAPTERS for packed in (True, False) for stage in (0, 2, 3)],
+    )
 
 
 def test_ranks_that_share_sequences_give_the_gradient_of_plain_torch(tmp_path):
@@ -100,6 +118,6 @@ def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_ri
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
-    assert len(cases) == 9 * 48 / 2
+    assert len(cases) == len(LOSSES) * 48 / 2
     largest = check(tmp_path, ranks, cases, timeout=800)
     print(f"{len(cases)} cases on {ranks} ranks: the largest difference is {largest:.1e}")
