@@ -172,7 +172,6 @@ def our_losses(loss: str, folder: Path, batches: list[dict]) -> Iterator[float]:
         for given in batches:
             batch = our_batch(given)
             if loss == "kto":
-                trainer.known.keep(batch, reference(batch))
                 trainer.drift = mismatched_drift(trainer.engine, reference, given)
             yield float(trainer.compute_loss(batch).loss_sum / trainer.weight(batch))
 

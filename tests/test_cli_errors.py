@@ -108,7 +108,7 @@ WRONG = [
     ("train_rm", "--prompt_key chosen", "--prompt_key and --chosen_key both name the column 'chosen'"),
     ("train_rm", "--train_batch_size 2 --micro_train_batch_size 3", "--micro_train_batch_size 3 is larger than"),
     ("train_rm", "--dataset a,b --dataset_probs 0.5", "--dataset_probs has 1 values for the 2 data sets"),
-    ("train_dpo", "--loss kto", "--loss must be one of dpo, ipo, simpo, orpo, got 'kto'"),
+    ("train_dpo", "--loss kto", "--loss must be one of dpo, ipo, simpo, orpo, kto_pair, got 'kto'"),
     ("train_dpo", "--ipo --loss simpo", "--ipo and --loss simpo exclude each other: drop one"),
     ("train_dpo", "--ipo --label_smoothing 0.1", "--label_smoothing needs --loss dpo, not ipo"),
     ("train_dpo", "--loss orpo --label_smoothing 0.1", "--label_smoothing needs --loss dpo, not orpo"),

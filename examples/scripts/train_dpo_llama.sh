@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DPO of an 8B model on eight GPUs. Beside --loss dpo there are ipo, simpo and orpo; simpo and orpo load no reference.
+# DPO of an 8B model on eight GPUs. Beside --loss dpo there are ipo, kto_pair, simpo and orpo; simpo and orpo load no reference.
 set -euo pipefail
 
 deepspeed --module openrlhf.cli.train_dpo \

@@ -1,4 +1,4 @@
-"""Direct preference optimisation on pairs of a preferred and another answer: DPO, IPO, SimPO or ORPO.
+"""Direct preference optimisation on pairs of a preferred and another answer: DPO, IPO, SimPO, ORPO or KTO.
 
     deepspeed --module openrlhf.cli.train_dpo --pretrain MODEL --dataset FILE --prompt_key prompt --chosen_key better
     python -m openrlhf.cli.train_dpo ...        (one rank)
@@ -36,9 +36,10 @@ def options(config: DPOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[
     flag = "--ref_pretrain" if config.ref_pretrain else "--pretrain"
     return {
         "pair_loss": partial(config.pair_loss.load(), **config.loss_options),
+        "measures_divergences": config.pair_loss.needs_divergences,
         "beta": config.beta,
         "nll_loss_coef": config.nll_loss_coef,
-        "reference": path and load_reference(config, strategy, engine, path, flag, inputs.sets),
+        "reference": path and load_reference(config, strategy, engine, path, flag, inputs.sets, inputs.folder),
     }
 
 

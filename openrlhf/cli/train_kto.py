@@ -23,19 +23,21 @@ def recipe(config: KTOConfig) -> Recipe:
     from openrlhf.trainer.kto import KTOTrainer
     from openrlhf.trainer.program import Recipe
 
-    return Recipe(KTOTrainer, UnpairedPreferenceDataset, "all_exhausted", options=options)
+    return Recipe(KTOTrainer, UnpairedPreferenceDataset, "all_exhausted", options=options, least_rows=2)
 
 
 def options(config: KTOConfig, strategy: Any, inputs: Any, engine: Any) -> dict[str, Any]:
     """Return the weights of the loss, and the reference model."""
     from openrlhf.trainer.frozen import load_reference
-    from openrlhf.trainer.kto import mismatched_sets
+    from openrlhf.trainer.mismatched import mismatched_sets
 
     def sets() -> list[Any]:
         return inputs.sets() + mismatched_sets(inputs.train, inputs.evaluation, config.batch)
 
     return {
-        "reference": load_reference(config, strategy, engine, config.model.pretrain, "--pretrain", sets),
+        "reference": load_reference(
+            config, strategy, engine, config.model.pretrain, "--pretrain", sets, inputs.folder
+        ),
         "beta": config.beta,
         "desirable_weight": config.desirable_loss_weight,
         "undesirable_weight": config.undesirable_loss_weight,

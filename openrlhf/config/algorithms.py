@@ -93,11 +93,13 @@ class PairLoss:
         function: ``module:function`` in ``openrlhf.ops``, called as ``(chosen, rejected, **flags)``.
         needs_reference: it reads sums of log-ratios to a reference model; otherwise means of log-probs over tokens.
         flags: the flags that it takes by their names.
+        needs_divergences: it also takes ``chosen_kl`` and ``rejected_kl``, measured over the optimizer step before it.
     """
 
     function: str
     needs_reference: bool
     flags: tuple[str, ...] = ("beta",)
+    needs_divergences: bool = False
 
     def load(self) -> Any:
         """Return the loss function."""
@@ -113,6 +115,8 @@ PAIR_LOSSES = {
     "simpo": PairLoss("openrlhf.ops.preference_loss:simpo_loss", False, ("beta", "target_margin")),
     # Hong et al. 2024, https://arxiv.org/abs/2403.07691
     "orpo": PairLoss("openrlhf.ops.preference_loss:orpo_loss", False),
+    # Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, as first published for pairs
+    "kto_pair": PairLoss("openrlhf.ops.preference_loss:paired_kto_loss", True, needs_divergences=True),
 }
 
 

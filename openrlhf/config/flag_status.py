@@ -218,18 +218,39 @@ NO_EFFECT_HERE = {
 
 NEEDED = ("torch", "transformers", "datasets", "deepspeed")
 """What every command imports."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a flag needs.
+
+    Attributes:
+        module: what is imported.
+        pip: what pip calls it.
+        where: whether the flag needs it, with ``values`` by flag and a GPU or not; only asked where the flag is set.
+    """
+
+    module: str
+    pip: str
+    where: Callable[[dict[str, Any], bool], bool] = lambda values, gpu: True
+
+
 NEEDED_BY = {
-    "vllm_num_engines": ("vllm", "openrlhf[vllm]"),
-    "lora_rank": ("peft", "peft"),
-    "lora_path": ("peft", "peft"),
-    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
-    "use_wandb": ("wandb", "wandb"),
-    "use_tensorboard": ("tensorboard", "tensorboard"),
-    "use_ms": ("modelscope", "modelscope"),
-    "ring_attn_size": ("ring_flash_attn", "openrlhf[ring]"),
-    "use_liger_kernel": ("liger_kernel", "openrlhf[liger]"),
+    "vllm_num_engines": Package("vllm", "openrlhf[vllm]"),
+    "lora_rank": Package("peft", "peft"),
+    "lora_path": Package("peft", "peft"),
+    "load_in_4bit": Package("bitsandbytes", "bitsandbytes"),
+    "use_wandb": Package("wandb", "wandb"),
+    "use_tensorboard": Package("tensorboard", "tensorboard"),
+    "use_ms": Package("modelscope", "modelscope"),
+    # A CPU, and fp32, have torch's own attention.
+    "ring_attn_size": Package(
+        "ring_flash_attn",
+        "openrlhf[ring]",
+        lambda values, gpu: gpu and values["bf16"] and values["ring_attn_size"] > 1,
+    ),
+    "use_liger_kernel": Package("liger_kernel", "openrlhf[liger]", lambda values, gpu: gpu),
 }
-"""What a flag needs when it is set: the module, and what pip calls it."""
 
 
 def status(name: str, flags: Collection[str]) -> str:
@@ -241,20 +262,12 @@ def status(name: str, flags: Collection[str]) -> str:
     return ""
 
 
-def _needs_package(name: str, values: dict[str, Any]) -> bool:
-    if name == "ring_attn_size":  # a CPU, and fp32, have torch's own attention
-        return values.get(name, 1) > 1 and values["bf16"] and gpu_present()
-    if name == "use_liger_kernel":
-        return values.get(name, False) and gpu_present()
-    return bool(values.get(name))
-
-
 def missing_packages(values: dict[str, Any]) -> list[str]:
     """Return one problem for each package that the command or a flag needs and that is not installed."""
     found = [
-        f"--{name} needs {module}, which is not installed: pip install '{package}', or leave the flag out"
-        for name, (module, package) in NEEDED_BY.items()
-        if _needs_package(name, values) and find_spec(module) is None
+        f"--{name} needs {package.module}, which is not installed: pip install '{package.pip}', or leave the flag out"
+        for name, package in NEEDED_BY.items()
+        if values.get(name) and package.where(values, gpu_present()) and find_spec(package.module) is None
     ]
     needed = (*NEEDED, "ray") if "vllm_num_engines" in values else NEEDED
     return found + [

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
@@ -95,9 +96,9 @@ class ProcessRewardDataset(TokenisedRows):
         return ProcessRewardRow(ids.tolist(), places.tolist(), labels.tolist())
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return self._rows.lengths(0).tolist()
+        return self._rows.lengths(0)
 
     def collate(self, rows: Sequence[ProcessRewardRow]) -> ProcessRewardBatch:
         """Return the rows padded on the right; no rows give one dummy row that trains nothing."""

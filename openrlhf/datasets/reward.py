@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.datasets import tokens
@@ -82,9 +83,9 @@ class PreferenceDataset(TokenisedRows):
         return PreferenceRow(chosen.tolist(), rejected.tolist(), *rest[:2].tolist(), float(as_floats(rest[2:])[0]))
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of both sides of each pair: they go through the model together."""
-        return (self._rows.lengths(0) + self._rows.lengths(1)).tolist()
+        return self._rows.lengths(0) + self._rows.lengths(1)
 
     def collate(self, rows: Sequence[PreferenceRow]) -> PreferenceBatch:
         """Return the pairs padded on the right, chosen rows first; ``loss_mask`` is true on the answers.

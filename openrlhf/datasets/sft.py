@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from openrlhf.config.checks import NO_DEMONSTRATION
@@ -95,9 +96,9 @@ class SFTDataset(TokenisedRows):
         return SFTRow(ids.tolist(), trained[1:], self.tokenizer)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return self._rows.lengths(0).tolist()
+        return self._rows.lengths(0)
 
     def collate(self, rows: Sequence[SFTRow]) -> TokenBatch:
         """Return the rows padded on the right; no rows give one dummy row that trains nothing."""

@@ -61,6 +61,11 @@ class UnpairedPreferenceDataset(SFTDataset):
         ids = [*asked[:start].tolist(), *said[donor[0] :].tolist()][: self.limit]
         return UnpairedRow(ids, [t >= start for t in range(1, len(ids))], self.tokenizer, False)
 
+    def mismatched_length(self, prompt: int, answer: int) -> int:
+        """Return the tokens of that row."""
+        said, donor, _ = self._rows[answer]
+        return min(int(self._rows[prompt][1][0]) + len(said) - int(donor[0]), self.limit)
+
     def collate(self, rows: Sequence[UnpairedRow]) -> UnpairedBatch:
         """Return the rows padded on the right; no rows give one dummy row that trains nothing."""
         batch = super().collate(rows)

@@ -121,19 +121,22 @@ def kto_loss(
     return (weight * torch.sigmoid(-sign * beta * (log_ratios - kl.detach()))).sum()
 
 
-def paired_kto_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+def paired_kto_loss(
+    chosen: Tensor, rejected: Tensor, *, beta: float, chosen_kl: Tensor, rejected_kl: Tensor
+) -> Tensor:
     """Return ``2 - sigmoid(beta * (c - kl_r)) - sigmoid(beta * (kl_c - r))``, summed over pairs.
 
-    The divergences ``kl_c`` and ``kl_r`` are the means over the batch of ``c`` and ``r``, not below 0 and without
-    gradient: each side is measured against the other. Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, as
-    first published for pairs.
+    Each side is measured against the divergence of the other. Ethayarajh et al. 2024,
+    https://arxiv.org/abs/2402.01306, as first published for pairs.
 
     Args:
         chosen: ``(B,)`` ``c``, log-ratios of policy and reference, summed over the tokens of the chosen answers.
         rejected: ``(B,)`` ``r``, the same of the rejected answers.
         beta: how strongly the pairs count against the reference.
+        chosen_kl: scalar ``kl_c``, the mean of ``c`` over the optimizer step, not below 0; no gradient flows into it.
+        rejected_kl: scalar ``kl_r``, the same of ``r``.
     """
-    if not len(chosen):
-        return chosen.sum() + rejected.sum()
-    chosen_kl, rejected_kl = (side.detach().mean().clamp(min=0) for side in (chosen, rejected))
-    return (torch.sigmoid(beta * (rejected_kl - chosen)) + torch.sigmoid(beta * (rejected - chosen_kl))).sum()
+    lost = torch.sigmoid(beta * (rejected_kl.detach() - chosen)) + torch.sigmoid(
+        beta * (rejected - chosen_kl.detach())
+    )
+    return lost.sum()

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.batch import TokenBatch
-from openrlhf.datasets.sampler import StepSampler
+from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.models.actor import Actor
+from openrlhf.models.identity import model_identity
 from openrlhf.models.loading import load_causal_lm
 from openrlhf.ops.masking import masked_sum
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.strategy.engine import TrainEngine
+from openrlhf.trainer.known import KnownAnswers, Reference, ask_about, kept_answers
 from openrlhf.trainer.setup import frozen_line
 
 LOG = logging.getLogger(__name__)
-Reference = Callable[[TokenBatch], Tensor]
-"""The log-prob ``(B,)`` of each answer of a batch under a model that never learns."""
+ANSWERS = "reference.answers"
+"""The file of a run folder that keeps what the reference said."""
 
 
 def load_frozen(config: Any, strategy: DeepSpeedStrategy, path: str, flag: str, offload: bool) -> Callable[..., Any]:
@@ -50,29 +52,52 @@ def load_reference(
     engine: TrainEngine,
     path: str,
     flag: str,
-    rows: Callable[[], Sequence[Any]],
+    asked_about: Callable[[], Sequence[Any]],
+    folder: Path | None = None,
 ) -> Reference:
     """Return what the model at ``path``, named by ``flag``, says of a batch; see :func:`load_frozen`.
 
     Where ``engine`` trains adapters on that same model, it is the engine's without them, and nothing is loaded. With
-    ``--precompute_ref_log_probs`` it is asked once about all batches of ``rows()``, data sets whose items they
-    collate; a model that was loaded is then freed.
+    ``--precompute_ref_log_probs`` the model is asked once about all batches of ``asked_about()``, data sets whose
+    items they collate, and freed. What it said is kept in ``folder``: a run that goes on asks it no more.
     """
     own = config.lora.lora_rank > 0 and Path(path) == Path(config.model.pretrain)
-    model = partial(_without_adapter, engine) if own else load_frozen(config, strategy, path, flag, config.ref_offload)
+
+    def load() -> Callable[..., Any]:
+        if own:
+            return partial(without_adapter, engine)
+        return load_frozen(config, strategy, path, flag, config.ref_offload)
+
     if not config.precompute_ref_log_probs:
-        return partial(answer_log_probs, model)
-    known = KnownAnswers()
-    for data in rows():
-        if len(data):
-            known.learn(partial(answer_log_probs, model), data, config.batch, strategy)
-    if not own:
-        strategy.release(model)
-    LOG.info("the reference is asked no more: it said all of %d answers once", len(known))
+        return partial(answer_log_probs, load())
+    sets = [data for data in asked_about() if len(data)]
+
+    def ask() -> KnownAnswers:
+        model = load()
+        known = ask_about(sets, partial(answer_log_probs, model), config.batch, strategy)
+        if not own:
+            strategy.release(model)
+        return known
+
+    key = folder and _answers_key(config, strategy, path, sets)
+    known, kept = kept_answers(folder / ANSWERS, key, strategy.comm, ask) if key else (ask(), False)
+    said = "what it said of %d answers is in the run folder" if kept else "it said all of %d answers once"
+    LOG.info(f"the reference is asked no more: {said}", len(known))
     return known
 
 
-def _without_adapter(engine: TrainEngine, *batch: Tensor, **options: Any) -> Any:
+def _answers_key(config: Any, strategy: DeepSpeedStrategy, path: str, sets: Sequence[Any]) -> str | None:
+    """Return a hash of all that the answers of the model at ``path`` depend on; None where that cannot be known."""
+    # A model may be large: one rank reads it.
+    identity = strategy.comm.broadcast_object(model_identity(path) if strategy.rank == 0 else None)
+    if identity is None:
+        return None
+    settings = (config.model.bf16, config.lora.load_in_4bit, config.attention.packing_samples)
+    parts = (identity, settings, version("torch"), version("transformers"), *map(fingerprint, sets))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def without_adapter(engine: TrainEngine, *batch: Tensor, **options: Any) -> Any:
     """Return what the model of ``engine`` says without its adapter and without dropout."""
     training = engine.module.training
     engine.eval()
@@ -88,53 +113,3 @@ def answer_log_probs(model: nn.Module | Callable[..., Any], batch: TokenBatch) -
     """Return the log-prob ``(B,)`` of each sequence's marked tokens, without a gradient."""
     output = model(batch.sequences, batch.attention_mask, where=batch.loss_mask)
     return masked_sum(output.log_probs, batch.loss_mask, dim=1)
-
-
-class KnownAnswers:
-    """What a model said of answers, found again by their tokens. It is a :data:`Reference`."""
-
-    def __init__(self) -> None:
-        self._log_probs: dict[bytes, float] = {}
-
-    def __len__(self) -> int:
-        return len(self._log_probs)
-
-    def keep(self, batch: TokenBatch, said: Tensor) -> None:
-        """Remember ``said`` (B,) of the rows of a batch."""
-        self._log_probs.update(zip(_keys(batch), said.tolist(), strict=True))
-
-    def learn(self, ask: Reference, data: Any, batch: BatchConfig, strategy: DeepSpeedStrategy) -> None:
-        """Ask about every row of ``data``, each rank about its share, and keep the answers of all ranks."""
-        sampler = StepSampler(
-            len(data),
-            batch.micro_train_batch_size * strategy.data_parallel_size,
-            batch.micro_train_batch_size,
-            batch.seed,
-            rank=strategy.data_parallel_rank,
-            world_size=strategy.data_parallel_size,
-            shuffle=False,
-        )
-        found: dict[bytes, float] = {}
-        for step in sampler.epoch(0):
-            for rows in step:
-                asked = data.collate([data[row] for row in rows])
-                said = ask(asked.to(strategy.device)).tolist()
-                found.update(zip(_keys(asked), said, strict=True))
-        for part in strategy.comm.all_gather_object(found):
-            self._log_probs.update(part)
-
-    def __call__(self, batch: TokenBatch) -> Tensor:
-        """Return the log-probs ``(B,)`` float32; a row without marked tokens has 0."""
-        marked = batch.loss_mask.any(dim=1).tolist()
-        known = [self._log_probs[key] if asked else 0.0 for key, asked in zip(_keys(batch), marked, strict=True)]
-        return torch.tensor(known, dtype=torch.float32, device=batch.sequences.device)
-
-
-def _keys(batch: TokenBatch) -> list[bytes]:
-    """Return what tells each row of a batch from others: a hash of its tokens and of which are marked."""
-    rows = zip(batch.sequences.cpu(), batch.attention_mask.cpu(), batch.loss_mask.cpu(), strict=True)
-    return [_key(tokens[real], marked[real[1:]]) for tokens, real, marked in rows]
-
-
-def _key(tokens: Tensor, marked: Tensor) -> bytes:
-    return blake2b(tokens.numpy().tobytes() + marked.numpy().tobytes(), digest_size=16).digest()

@@ -22,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokenizer, and the rows to train and to evaluate on; ``evaluation`` may be empty."""
+    """The tokenizer, and the rows to train and to evaluate on; ``evaluation`` may be empty.
+
+    ``folder`` is where tokenised rows are kept, and what else is made of them once; None keeps nothing.
+    """
 
     tokenizer: Any
     train: Any
     evaluation: Sequence[Any]
+    folder: Path | None = None
 
     def sets(self) -> list[Any]:
         """Return both sets of rows."""
@@ -40,6 +44,7 @@ def read_inputs(
     check: Callable = check_language_model,
     beside: Mapping[str, str | None] | None = None,
     run_path: Path | None = None,
+    least_rows: int = 1,
 ) -> Inputs:
     """Read the tokenizer and the data of a supervised command.
 
@@ -50,9 +55,10 @@ def read_inputs(
         check: what the model folder must pass, of :mod:`openrlhf.models.suitability`.
         beside: flag -> path of language models that read the same token ids; None where there is none.
         run_path: the run folder, where tokenised rows are kept; None keeps them nowhere.
+        least_rows: how many rows a set must have.
 
     Raises:
-        DataError: the model folder, the tokenizer or a row cannot be used.
+        DataError: the model folder, the tokenizer or a row cannot be used, or too few rows are left.
     """
     model, data = config.model, config.data
     check(model.pretrain, trust_remote_code=model.trust_remote_code)
@@ -68,15 +74,24 @@ def read_inputs(
             check_vocabulary(path, tokenizer, model, flag)
     data = recognised(data, dataset.FORMATS, data.dataset, data.train_split)
     train_rows, eval_rows = load_train_eval(data, config.batch.seed, stopping)
-    train = _in(run_path, "train", dataset)(train_rows, tokenizer, data, f"--dataset {data.dataset}")
-    return Inputs(tokenizer, train, _evaluation(eval_rows, _in(run_path, "eval", dataset), tokenizer, data))
+    folder = run_path and run_path / TOKENS
+    make = partial(_made, dataset, folder, least_rows)
+    train = make("train", train_rows, tokenizer, data, f"--dataset {data.dataset}")
+    return Inputs(tokenizer, train, _evaluation(eval_rows, partial(make, "eval"), tokenizer, data), folder)
 
 
-def _in(run_path: Path | None, name: str, dataset: Any) -> Callable:
-    """Return ``dataset``, told where to keep its rows."""
-    if run_path is None or not dataset.PARTS:
-        return dataset
-    return partial(dataset, cache=run_path / TOKENS / f"{name}.rows")
+def _made(
+    dataset: Any, folder: Path | None, least_rows: int, file: str, rows: Any, tokenizer: Any, data: Any, name: str
+) -> Any:
+    """Return the set of ``rows``, kept in ``folder`` where it can be; raise ``NothingUsable`` when it is too small."""
+    cache = {"cache": folder / f"{file}.rows"} if folder and dataset.PARTS else {}
+    made = dataset(rows, tokenizer, data, name, **cache)
+    if len(made) < least_rows:
+        few = "row is" if len(made) == 1 else "rows are"
+        raise NothingUsable(
+            f"{name}: {len(made)} {few} not enough, rows are compared with each other: give {least_rows}"
+        )
+    return made
 
 
 def _evaluation(rows: Any, dataset: Callable, tokenizer: Any, data: Any) -> Sequence[Any]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.batch import UnpairedBatch
-from openrlhf.datasets.sampler import StepSampler
 from openrlhf.ops.masking import masked_sum
 from openrlhf.ops.preference_loss import kto_loss
-from openrlhf.trainer.frozen import KnownAnswers, Reference, answer_log_probs
+from openrlhf.trainer.frozen import answer_log_probs
+from openrlhf.trainer.known import KnownAnswers, Reference, answer_keys
 from openrlhf.trainer.loop import StepOutput, Trainer
-from openrlhf.trainer.metrics import Mean, MetricSums
+from openrlhf.trainer.metrics import Mean, MetricSums, divergence
+from openrlhf.trainer.mismatched import Mismatched, partners
+from openrlhf.trainer.sampling import in_order
+
+Asked = tuple[UnpairedBatch, Tensor, bool]
+"""Mismatched rows, what the reference says of them, and whether they are more than a dummy."""
 
 
 class KTOTrainer(Trainer):
@@ -25,12 +28,10 @@ class KTOTrainer(Trainer):
 
     The drift is the mean log-ratio of policy and reference over mismatched rows, the prompt of one with the answer of
     the next, not below 0. It is taken over all rows of an optimizer step (in an evaluation over all of its rows)
-    before any loss, so it does not depend on how they are cut into micro-batches. The reference is asked about rows
-    and mismatched rows at once, because they share their prompts.
+    before any loss, so it does not depend on how they are cut into micro-batches.
 
     Attributes:
         drift: scalar, what was measured last.
-        known: what the reference says of the rows that it was measured with.
     """
 
     window_names: ClassVar = {"kto_loss": "loss_mean"}
@@ -54,49 +55,63 @@ class KTOTrainer(Trainer):
         self._reference, self._beta = reference, beta
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         self._answer_loss = partial(kto_loss, beta=beta, **weights)
+        # Of the rows of a step it may have been asked with their mismatched rows.
+        self._reference_of_rows = reference
         self.drift = torch.zeros((), device=self.strategy.device)
-        self.known = KnownAnswers()
 
     def weight(self, batch: UnpairedBatch) -> Tensor:
         """Return the number of answers."""
         return torch.full((), len(batch.desirable), device=batch.desirable.device)
 
-    def prepare(self, rows: list[list[int]]) -> None:
-        """Measure the drift over the step: each row is paired with the next of the step by its number."""
-        step = {row for found in self.comm.all_gather_object(rows) for micro in found for row in micro}
-        self._measure_drift(self.train_data, rows, partners(step))
+    def before_step(self, micros: list[list[int]], stoppable: bool) -> None:
+        """Measure the drift over the step."""
+        step = [row for found in self.comm.all_gather_object(micros) for micro in found for row in micro]
+        self._measure_drift(self.train_data, step, micros, stoppable)
 
-    def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
+    def measure(self, data: Any, n_rows: int, stoppable: bool = False) -> dict[str, Mean]:
         """Return the metrics of the first ``n_rows`` of ``data``, whose drift is measured first."""
-        micros = [micro for step in self._eval_sampler(data, n_rows).epoch(0) for micro in step]
-        self._measure_drift(data, micros, partners(range(n_rows)), leave)
-        return super().measure(data, n_rows, leave)
+        micros = [micro for step in in_order(data, n_rows, self.batch, self.strategy).epoch(0) for micro in step]
+        self._measure_drift(data, range(n_rows), micros, stoppable)
+        return super().measure(data, n_rows, stoppable)
 
     @torch.no_grad()
-    def _measure_drift(
-        self, data: Any, micros: Sequence[list[int]], partner: Mapping[int, int], leave: bool = False
-    ) -> None:
-        """Set the drift to the mean over the mismatched rows of all ranks, and keep what the reference says."""
-        self.known, sums = KnownAnswers(), MetricSums()
+    def _measure_drift(self, data: Any, rows: Sequence[int], micros: Sequence[list[int]], stoppable: bool) -> None:
+        """Set the drift to the mean over the mismatched rows of ``rows``; ``micros`` are those of this rank."""
+        mismatched, sums = Mismatched(data, partners(rows, len(data))), MetricSums()
+        asked = self._asked_apart if self.batch.use_dynamic_batch else self._asked_together
         self.engine.eval()
-        for micro in micros:
-            if leave:
+        for batch, said, counted in asked(data, mismatched, micros):
+            if stoppable:
                 self.leave_if_asked()
-            rows, mismatched = [data[row] for row in micro], [data.mismatched(row, partner[row]) for row in micro]
-            both = data.collate(rows + mismatched).to(self.strategy.device)
-            said = self._reference(both)
-            self.known.keep(both, said)
-            batch = data.collate(mismatched).to(self.strategy.device)
-            drift = answer_log_probs(self.engine, batch) - said[len(rows) :]
-            sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and bool(micro))
+            drift = answer_log_probs(self.engine, batch) - said
+            sums.add({"drift": (drift.double().sum(), self.weight(batch))}, counted=self._counts and counted)
         self.engine.train()
-        mean = sums.reduce(self.comm)["drift"].value
-        # What is not finite must reach the loss: the step then stops before the weights change.
-        self.drift = torch.tensor(max(0.0, mean) if math.isfinite(mean) else math.nan, device=self.strategy.device)
+        self.drift = divergence(sums.reduce(self.comm)["drift"], self.strategy.device)
+
+    def _asked_together(self, data: Any, mismatched: Mismatched, micros: Sequence[list[int]]) -> Iterator[Asked]:
+        """Ask the reference about rows and their mismatched rows at once: they share their prompts.
+
+        What it says of the rows is remembered for their losses.
+        """
+        parts = []
+        for micro in micros:
+            rows, others = [data[row] for row in micro], [mismatched.of(row) for row in micro]
+            both = data.collate(rows + others).to(self.strategy.device)
+            said = self._reference(both)
+            parts.append((answer_keys(both)[: len(rows)], said[: len(rows)].float().cpu().numpy()))
+            yield data.collate(others).to(self.strategy.device), said[len(rows) :], bool(micro)
+        self._reference_of_rows = KnownAnswers.of(parts)
+
+    def _asked_apart(self, data: Any, mismatched: Mismatched, micros: Sequence[list[int]]) -> Iterator[Asked]:
+        """Ask about the mismatched rows alone, in micro-batches that keep to the budget of tokens by themselves."""
+        for step in in_order(mismatched, len(mismatched), self.batch, self.strategy).epoch(0):
+            for micro in step:
+                batch = mismatched.collate([mismatched[place] for place in micro]).to(self.strategy.device)
+                yield batch, self._reference(batch), bool(micro)
 
     def compute_loss(self, batch: UnpairedBatch) -> StepOutput:
         """Return the loss over the answers, against the drift that was measured last."""
-        reference = self.known(batch)
+        reference = self._reference_of_rows(batch)
         output = self.engine(batch.sequences, batch.attention_mask, where=batch.loss_mask)
         log_ratios = masked_sum(output.log_probs, batch.loss_mask, dim=1) - reference
         loss, answers = self._answer_loss(log_ratios, batch.desirable, self.drift), self.weight(batch)
@@ -116,34 +131,3 @@ class KTOTrainer(Trainer):
     def eval_values(self, totals: Mapping[str, Mean]) -> dict[str, float]:
         """Return loss and rewards, but for a kind of answer that there is none of."""
         return {name: totals[metric].value for metric, name in self.eval_names.items() if totals[metric].count}
-
-
-def partners(rows: Iterable[int]) -> dict[int, int]:
-    """Return for each row of a step, or of an evaluation, the next by its number: the one that lends its answer."""
-    ordered = sorted(rows)
-    return dict(zip(ordered, ordered[1:] + ordered[:1], strict=True))
-
-
-class Mismatched:
-    """A data set of mismatched rows: the prompt of one row of ``data`` with the answer of another."""
-
-    def __init__(self, data: Any, pairs: Iterable[tuple[int, int]]):
-        self._data, self._pairs = data, sorted(pairs)
-        self.collate = data.collate
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._data.mismatched(*self._pairs[index])
-
-
-def mismatched_sets(train: Any, evaluation: Any, batch: BatchConfig) -> list[Mismatched]:
-    """Return the mismatched rows of all steps of a run, and of its evaluations."""
-    sampler = StepSampler(len(train), batch.train_batch_size, batch.train_batch_size, batch.seed)
-    steps = (step[0] for epoch in range(batch.max_epochs) for step in sampler.epoch(epoch))
-    pairs = {pair for step in steps for pair in partners(step).items()}
-    found = [Mismatched(train, pairs)]
-    if len(evaluation):
-        found.append(Mismatched(evaluation, partners(range(len(evaluation))).items()))
-    return found

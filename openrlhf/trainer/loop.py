@@ -21,7 +21,6 @@ from torch import Tensor
 from openrlhf import device as machine
 from openrlhf.config.groups import BatchConfig
 from openrlhf.datasets.fingerprint import fingerprint
-from openrlhf.datasets.sampler import StepSampler
 from openrlhf.errors import DataError, Preempted
 from openrlhf.strategy import signals
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
@@ -30,6 +29,7 @@ from openrlhf.trainer.callbacks import Callback, Callbacks
 from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.finite import StepGuard
 from openrlhf.trainer.metrics import Mean, MeanWindow, MetricSums
+from openrlhf.trainer.sampling import in_order, sampler_of
 
 LONG_STEP_S = 2.0
 """A step that takes longer is left between its micro-batches when the run is asked to stop."""
@@ -97,8 +97,8 @@ class Trainer:
         self._counts = strategy.ring.rank == 0
         if batch.use_dynamic_batch:
             engine.module.insist_on_packing("--use_dynamic_batch")
-        self.sampler = self._sampler(
-            len(train_data), batch.train_batch_size, shuffle=True, lengths=getattr(train_data, "lengths", None)
+        self.sampler = sampler_of(
+            batch, strategy, len(train_data), batch.train_batch_size, lengths=getattr(train_data, "lengths", None)
         )
         self.callbacks = Callbacks(callbacks)
         self.window = MeanWindow(self.window_names)
@@ -115,8 +115,12 @@ class Trainer:
         """Return the loss of one micro-batch; evaluation calls it too, without gradients."""
         raise NotImplementedError
 
-    def prepare(self, rows: list[list[int]]) -> None:
-        """Look at the rows of this rank's micro-batches before the first backward of a step; most need not."""
+    def before_step(self, micros: list[list[int]], stoppable: bool) -> None:
+        """Measure what the losses of a step need, before the first of them; most algorithms need nothing.
+
+        ``micros``: numbers of the rows of each micro-batch of this rank. ``stoppable``: the step may take long and is
+        left when the run is asked to stop.
+        """
 
     def before_export(self) -> None:
         """Bring up to date what an export holds beside the weights; called before each, and after the last step."""
@@ -178,8 +182,8 @@ class Trainer:
             if self.evaluating:
                 self.evaluate()
             for epoch in range(self.position.epoch, self.batch.max_epochs):
-                for rows in self.sampler.epoch(epoch, start_step=self.position.step):
-                    metrics = self._train_step(rows)
+                for micros in self.sampler.epoch(epoch, start_step=self.position.step):
+                    metrics = self._train_step(micros)
                     self.callbacks.on_step_end(self, metrics)
             self.leave_if_asked()
             self.before_export()
@@ -202,24 +206,24 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Return the metrics over all evaluation rows, and tell the callbacks."""
         self.position.evaluating = True
-        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data), leave=True))
+        values = self.eval_values(self.measure(self.eval_data, len(self.eval_data), stoppable=True))
         self.position.evaluating = False
         self.callbacks.on_evaluate(self, values)
         return values
 
     @torch.no_grad()
-    def measure(self, data: Any, n_rows: int, leave: bool = False) -> dict[str, Mean]:
+    def measure(self, data: Any, n_rows: int, stoppable: bool = False) -> dict[str, Mean]:
         """Return the metrics of the first ``n_rows`` of ``data``, over all ranks, in evaluation mode.
 
-        ``leave``: it may be left half done when the run is asked to stop.
+        ``stoppable``: it is left half done when the run is asked to stop.
         """
         sums = MetricSums()
         self.engine.eval()
-        for step in self._eval_sampler(data, n_rows).epoch(0):
-            if leave:
+        for step in in_order(data, n_rows, self.batch, self.strategy).epoch(0):
+            if stoppable:
                 self.leave_if_asked()
-            for rows in step:
-                sums.add(self.compute_loss(self._collate(data, rows)).metrics, counted=self._counts and bool(rows))
+            for micro in step:
+                sums.add(self.compute_loss(self._collate(data, micro)).metrics, counted=self._counts and bool(micro))
         self.engine.train()
         return sums.reduce(self.comm)
 
@@ -255,35 +259,16 @@ class Trainer:
     def _fingerprint(self) -> str:
         return fingerprint(self.train_data)
 
-    def _sampler(self, n_rows: int, rows_per_step: int, **order: Any) -> StepSampler:
-        budget = self.batch.max_tokens_per_gpu
-        return StepSampler(
-            n_rows,
-            rows_per_step,
-            self.batch.micro_train_batch_size,
-            self.batch.seed,
-            rank=self.strategy.data_parallel_rank,
-            world_size=self.strategy.data_parallel_size,
-            max_tokens=None if budget is None else budget * self.strategy.ring.size,
-            **order,
-        )
-
-    def _eval_sampler(self, data: Any, n_rows: int) -> StepSampler:
-        if self.batch.use_dynamic_batch:
-            return self._sampler(n_rows, self.batch.train_batch_size, shuffle=False, lengths=data.lengths[:n_rows])
-        rows_at_once = self.batch.micro_train_batch_size * self.strategy.data_parallel_size
-        return self._sampler(n_rows, rows_at_once, shuffle=False)
-
     def _collate(self, data: Any, rows: list[int]):
         return data.collate([data[row] for row in rows]).to(self.strategy.device)
 
-    def _train_step(self, rows: list[list[int]]) -> dict[str, float]:
-        """Train on this rank's micro-batches of row numbers and return the metrics of the step over all ranks."""
+    def _train_step(self, micros: list[list[int]]) -> dict[str, float]:
+        """Train on this rank's micro-batches, lists of row numbers; return the metrics of the step over all ranks."""
         began = time.perf_counter()
         with rewound_when_stopped():
-            totals, losses, again = self._accumulate(rows)
+            totals, losses, again = self._accumulate(micros)
         tokens = totals.pop("tokens").total
-        result = self.guard.step(f"step {self.global_step + 1}", rows, losses, again)
+        result = self.guard.step(f"step {self.global_step + 1}", micros, losses, again)
         self._advance()
         self._step_seconds = time.perf_counter() - began
         pace = {"tokens_per_second": tokens / self._step_seconds, "time/step": self._step_seconds}
@@ -293,18 +278,18 @@ class Trainer:
         step = {"lr": result.lr, "grad_norm": result.grad_norm}
         return {**self.train_values(totals), **self.window.add(totals), **step, **pace}
 
-    def _accumulate(self, rows: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
+    def _accumulate(self, micros: list[list[int]]) -> tuple[dict[str, Mean], list[Tensor], list[Callable[[], Tensor]]]:
         """Add up the gradients of a step.
 
         Return its metrics over all ranks, the losses of this rank, and what computes each of them again.
         """
-        batches = [self._collate(self.train_data, micro) for micro in rows]
-        self.prepare(rows)
-        weight, micro_batches, is_long = self._agree_on_step(rows, batches)
+        batches = [self._collate(self.train_data, micro) for micro in micros]
+        weight, micro_batches, is_long = self._agree_on_step(micros, batches)
+        self.before_step(micros, is_long)
         # Of an auxiliary loss each rank of a ring has that of its own tokens.
         share = weight / micro_batches / self.strategy.ring.size
         sums, losses = MetricSums(), []
-        for micro, batch in zip(rows, batches, strict=True):
+        for micro, batch in zip(micros, batches, strict=True):
             if is_long:
                 self.leave_if_asked()
             loss, metrics = self._loss(micro, batch, share)
@@ -312,7 +297,7 @@ class Trainer:
             losses.append(loss.detach())
             tokens = batch.attention_mask.sum()
             sums.add({**metrics, "tokens": (tokens, tokens)}, counted=self._counts and bool(micro))
-        again = [partial(self._loss_alone, *pair, share) for pair in zip(rows, batches, strict=True)]
+        again = [partial(self._loss_alone, *pair, share) for pair in zip(micros, batches, strict=True)]
         return sums.reduce(self.comm), losses, again
 
     def _loss(self, micro: list[int], batch: Any, aux_weight: float) -> tuple[Tensor, dict]:
@@ -330,12 +315,12 @@ class Trainer:
     def _loss_alone(self, *arguments: Any) -> Tensor:
         return self._loss(*arguments)[0]
 
-    def _agree_on_step(self, rows: list[list[int]], batches: list) -> tuple[float, float, bool]:
+    def _agree_on_step(self, micros: list[list[int]], batches: list) -> tuple[float, float, bool]:
         """Return the weight of the step over all ranks, its micro-batches with rows, and whether it may take long.
 
         The same sum tells whether a rank was asked to stop: asking costs nothing.
         """
-        weights = [self.weight(batch) for micro, batch in zip(rows, batches, strict=True) if micro]
+        weights = [self.weight(batch) for micro, batch in zip(micros, batches, strict=True) if micro]
         total = torch.zeros(4, dtype=torch.float64, device=self.strategy.device)
         if weights and self._counts:
             total[0], total[1] = torch.stack(weights).sum(), len(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +22,14 @@ class Mean(NamedTuple):
     def value(self) -> float:
         """``total / count``; NaN when nothing was counted."""
         return self.total / self.count if self.count else float("nan")
+
+
+def divergence(mean: Mean, device: torch.device) -> Tensor:
+    """Return a mean of log-ratios as the scalar that a loss takes for a divergence: not below 0.
+
+    What is not finite becomes NaN and so reaches the loss: the step then stops before the weights change.
+    """
+    return torch.tensor(max(0.0, mean.value) if math.isfinite(mean.value) else math.nan, device=device)
 
 
 class MetricSums:

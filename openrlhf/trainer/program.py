@@ -61,6 +61,7 @@ class Recipe:
             frozen models among it; ``engine`` holds what is trained.
         check: what the folder of ``--pretrain`` must pass.
         beside: flag -> path of the language models that read the same token ids.
+        least_rows: how many rows a set must have.
     """
 
     trainer: type[Trainer]
@@ -70,10 +71,11 @@ class Recipe:
     options: Callable[[Any, DeepSpeedStrategy, Inputs, TrainEngine], dict[str, Any]] = nothing_more
     check: Callable[..., Any] = check_language_model
     beside: Mapping[str, str | None] | None = None
+    least_rows: int = 1
 
     def read(self, config: Any, run_path: Path | None = None) -> Inputs:
         """Return the tokenizer and the data, before any model; tokenised rows are kept in the run folder."""
-        return read_inputs(config, self.dataset, self.mixing, self.check, self.beside, run_path)
+        return read_inputs(config, self.dataset, self.mixing, self.check, self.beside, run_path, self.least_rows)
 
 
 def train(config: Any, opened: Run, recipe: Recipe) -> None:

@@ -146,6 +146,17 @@ def test_runs_that_share_sequences_or_cut_by_tokens_are_taken_up_bit_for_bit(mat
 
 @pytest.mark.full
 @pytest.mark.timeout(1900)
+def test_runs_whose_reference_said_everything_before_are_taken_up_bit_for_bit(material, tmp_path):
+    flags = ("--precompute_ref_log_probs", "--use_dynamic_batch", "--train_max_tokens_per_gpu=100")
+    trials = [
+        Trial(program, program, (*material[program], *flags), cuts=(3,), twice=False)
+        for program in ("train_dpo", "train_kto")
+    ]
+    assert_equal(tmp_path, trials)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 2), (2, 3)])
 def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, ranks, stage):
     extras = {"gae model fp32": ("--enable_ema",), "rloo function bf16": ("--kl_target=0.05",)}

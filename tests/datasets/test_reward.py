@@ -69,7 +69,7 @@ def test_a_batch_holds_chosen_rows_then_rejected_rows_with_answers_masked(chatml
     assert answers(chatml, batch) == [text + "<|im_end|>" for text in expected]
     assert batch.margin.tolist() == [0.0, 2.0]
     assert batch.attention_mask[:, 0].all()
-    assert dataset.lengths == [len(row.chosen) + len(row.rejected) for row in (dataset[0], dataset[1])]
+    assert dataset.lengths.tolist() == [len(row.chosen) + len(row.rejected) for row in (dataset[0], dataset[1])]
 
 
 def test_both_sides_end_with_eos_after_truncation(chatml):

@@ -229,7 +229,7 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(chatml, caplog):
 
 def test_a_long_response_is_cut_at_max_len_and_keeps_its_own_tokens(chatml):
     dataset = SFTDataset([{"input": "a", "output": "42 " * 100}], chatml, config(max_len=40))
-    assert (dataset.lengths, dataset.truncated) == ([40], 1)
+    assert (dataset.lengths.tolist(), dataset.truncated) == ([40], 1)
     assert chatml.eos_token_id not in dataset[0].token_ids
 
 
@@ -274,7 +274,7 @@ def test_collate_pads_on_the_right_and_lines_the_mask_up_with_the_predicted_toke
     batch = dataset.collate([dataset[0], dataset[1]])
     assert batch.sequences.shape == batch.attention_mask.shape
     assert batch.loss_mask.shape == (2, batch.sequences.shape[1] - 1)
-    assert batch.attention_mask.sum(dim=1).tolist() == dataset.lengths
+    assert batch.attention_mask.sum(dim=1).tolist() == dataset.lengths.tolist()
     first = batch.sequences[0, 1:][batch.loss_mask[0]]
     assert chatml.decode(first) == "1<|im_end|>"
 

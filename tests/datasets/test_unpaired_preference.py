@@ -68,13 +68,17 @@ def test_a_mismatched_row_is_one_prompt_with_the_answer_of_another(chatml):
     assert text(chatml, row) == "User: 12 + 30?\nAssistant: 72 clips.<|im_end|>"
     assert trained_text(chatml, row) == "72 clips.<|im_end|>"
     assert data.mismatched(2, 2).token_ids == data[2].token_ids
+    pairs = [(prompt, answer) for prompt in range(3) for answer in range(3)]
+    assert [data.mismatched_length(*pair) for pair in pairs] == [
+        len(data.mismatched(*pair).token_ids) for pair in pairs
+    ]
 
 
 def test_a_mismatched_row_is_cut_at_max_len(chatml):
     rows = [{"input": "x " * 20, "output": "a", "label": 1}, {"input": "y", "output": "1 " * 20, "label": 0}]
     data = UnpairedPreferenceDataset(rows, chatml, config(max_len=60, input_template=None))
     row = data.mismatched(0, 1)
-    assert len(row.token_ids) == 60 and any(row.loss_mask) and not row.loss_mask[0]
+    assert len(row.token_ids) == data.mismatched_length(0, 1) == 60 and any(row.loss_mask) and not row.loss_mask[0]
 
 
 def test_a_batch_holds_the_labels_and_no_rows_are_a_dummy(chatml):

@@ -92,6 +92,8 @@ def first_gradients(engine: TrainEngine) -> dict[str, torch.Tensor]:
         engine.engine.optimizer._hp_optimizer_states_linked = False
         engine.engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            continue
         if engine.strategy.config.zero_stage == 0:
             moment = engine.engine.optimizer.state[param]["exp_avg"]
         else:

@@ -88,6 +88,9 @@ class UnpairedRows(Rows):
         tokens = self.batch.sequences
         return torch.cat([tokens[prompt, : at[0]], tokens[answer, at[1] : LENGTHS[answer]]]), at[0]
 
+    def mismatched_length(self, prompt: int, answer: int) -> int:
+        return len(self.mismatched(prompt, answer)[0])
+
     def collate(self, rows: list) -> UnpairedBatch:
         if all(isinstance(row, int) for row in rows):
             return super().collate(rows)
@@ -162,6 +165,14 @@ def dpo_formula(folder: str) -> tuple[nn.Module, Tensor]:
     nll = -(sums / batch.loss_mask.sum(dim=1))[:ROWS].mean()
     z = 0.3 * (chosen - rejected)
     return model, -(0.9 * z.sigmoid().log() + 0.1 * (-z).sigmoid().log()).mean() + 0.2 * nll
+
+
+def kto_pair_formula(folder: str) -> tuple[nn.Module, Tensor]:
+    model, batch = causal_lm(folder), pairs().batch
+    chosen, rejected = (answers_of(model, batch) - answers_of(frozen(folder), batch)).chunk(2)
+    chosen_kl, rejected_kl = (side.mean().clamp(min=0).detach() for side in (chosen, rejected))
+    wins, losses = (0.1 * (chosen - rejected_kl)).sigmoid(), (0.1 * (chosen_kl - rejected)).sigmoid()
+    return model, (2 - wins - losses).mean()
 
 
 def simpo_formula(folder: str) -> tuple[nn.Module, Tensor]:

@@ -33,7 +33,7 @@ from openrlhf.models.loading import load_causal_lm, load_value_model
 from openrlhf.models.value_head import ValueModel
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy, TrainEngine
 from openrlhf.trainer.dpo import DPOTrainer
-from openrlhf.trainer.frozen import answer_log_probs
+from openrlhf.trainer.frozen import answer_log_probs, without_adapter
 from openrlhf.trainer.kd import KDTrainer
 from openrlhf.trainer.kto import KTOTrainer
 from openrlhf.trainer.ppo.groups import deal
@@ -42,6 +42,7 @@ from openrlhf.trainer.prm import ProcessRewardModelTrainer
 from openrlhf.trainer.reward_model import RewardModelTrainer
 from openrlhf.trainer.sft import SFTTrainer
 from tests.strategy.programs import BETAS, first_gradients
+from tests.trainer.gradient_adapters import FOLDER, LORA, adapted, teach
 from tests.trainer.gradient_formulas import (
     ENTROPY_COEF,
     KL_COEF,
@@ -59,6 +60,7 @@ from tests.trainer.gradient_formulas import (
     gspo_formula,
     kd_formula,
     kto_formula,
+    kto_pair_formula,
     pairs,
     policy_formula,
     prm_formula,
@@ -99,12 +101,21 @@ def actor_step(
     strategy: DeepSpeedStrategy,
     packed: bool,
     batch: BatchConfig,
+    lora: bool = False,
 ) -> TrainEngine:
-    """Take one step of a trainer of language models; ``own(frozen)`` returns its options, made with a frozen model."""
-    model = load_causal_lm(f"{folder}/policy", ModelConfig(), context=strategy.loading_context)
+    """Take one step of a trainer of language models; ``own(frozen)`` returns its options, made with a frozen model.
+
+    With ``lora`` only adapters are trained, and the frozen model is the policy without them.
+    """
+    path = f"{folder}/{FOLDER}/frozen" if lora else f"{folder}/policy"
+    model = load_causal_lm(path, ModelConfig(), lora=LORA if lora else None, context=strategy.loading_context)
+    if lora:
+        teach(model, strategy)
     engine = ready(strategy.prepare_train(Actor(model), OPTIMIZER, 1), packed)
 
     def other() -> Callable:
+        if lora:
+            return partial(without_adapter, engine)
         context = partial(strategy.loading_context, train=False)
         return strategy.prepare_eval(Actor(load_causal_lm(f"{folder}/frozen", ModelConfig(), context=context)))
 
@@ -120,7 +131,9 @@ def pair_step(loss: str, **flags: float) -> Callable:
     def own(other: Callable) -> dict:
         reference = partial(answer_log_probs, other()) if entry.needs_reference else None
         pair_loss = partial(entry.load(), **flags)
-        return {"pair_loss": pair_loss, "beta": flags["beta"], "reference": reference, "nll_loss_coef": nll}
+        measured = entry.needs_divergences
+        common = {"beta": flags["beta"], "reference": reference, "nll_loss_coef": nll}
+        return {"pair_loss": pair_loss, "measures_divergences": measured, **common}
 
     return partial(actor_step, DPOTrainer, pairs(), own)
 
@@ -193,7 +206,14 @@ LOSSES = {
     "sft": (sft_formula, partial(actor_step, SFTTrainer, sft_rows(), lambda other: {})),
     "dpo": (dpo_formula, pair_step("dpo", beta=0.3, label_smoothing=0.1, nll_loss_coef=0.2)),
     "simpo": (simpo_formula, pair_step("simpo", beta=2.0, target_margin=0.5)),
+    "kto_pair": (kto_pair_formula, pair_step("kto_pair", beta=0.1)),
     "kto": (kto_formula, partial(actor_step, KTOTrainer, UnpairedRows(), kto_options)),
+    "sft_lora": (adapted(sft_formula), partial(actor_step, SFTTrainer, sft_rows(), lambda other: {}, lora=True)),
+    "dpo_lora": (
+        adapted(dpo_formula),
+        partial(pair_step("dpo", beta=0.3, label_smoothing=0.1, nll_loss_coef=0.2), lora=True),
+    ),
+    "kto_lora": (adapted(kto_formula), partial(actor_step, KTOTrainer, UnpairedRows(), kto_options, lora=True)),
     "kd": (
         kd_formula,
         partial(actor_step, KDTrainer, sft_rows(), lambda other: {"teacher": other(), "kd_coef": 0.4}),
@@ -263,10 +283,10 @@ def differences(folder: str, cases: list[list], ring: int = 1, budget: int = 0) 
 
 
 def ring_cases() -> list[list]:
-    """Return 156 cases: 13 losses, 4 stages, 3 sizes of a micro-batch."""
+    """Return every loss with 4 stages and 3 sizes of a micro-batch."""
     return [list(case) for case in product(LOSSES, (True,), (0, 1, 2, 3), (1, 2, 4))]
 
 
 def every_case() -> list[list]:
-    """Return 312 cases for a number of ranks: 13 losses, packed and padded, 4 stages, 3 sizes of a micro-batch."""
+    """Return every loss packed and padded, with 4 stages and 3 sizes of a micro-batch."""
     return [list(case) for case in product(LOSSES, (True, False), (0, 1, 2, 3), (1, 2, 4))]

@@ -30,10 +30,11 @@ def reference_of(folder: str):
     return partial(answer_log_probs, solo().prepare_eval(actor(folder)))
 
 
-def trainer_of(kind: type, folder: str, data, eval_data=(), micro: int = 4, rows: int = 8, **options):
-    """Return a trainer of the model in ``folder`` whose steps have so many rows."""
+def trainer_of(kind: type, folder: str, data, eval_data=(), micro: int = 4, rows: int = 8, budget: int = 0, **options):
+    """Return a trainer of the model in ``folder`` whose steps have so many rows; a budget of tokens can cut them."""
     strategy = solo()
-    batch = BatchConfig(micro_train_batch_size=micro, train_batch_size=rows)
+    dynamic = {"use_dynamic_batch": True, "train_max_tokens_per_gpu": budget} if budget else {}
+    batch = BatchConfig(micro_train_batch_size=micro, train_batch_size=rows, **dynamic)
     engine = strategy.prepare_train(actor(folder), OptimConfig(learning_rate=3e-3, lr_warmup_ratio=0.0), 10)
     return kind(engine, strategy, data, eval_data, batch, **options)
 

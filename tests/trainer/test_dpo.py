@@ -7,7 +7,7 @@ import torch
 
 from openrlhf.config.groups import PreferenceDataConfig
 from openrlhf.datasets.reward import PreferenceDataset
-from openrlhf.ops.preference_loss import dpo_loss, orpo_loss
+from openrlhf.ops.preference_loss import dpo_loss, orpo_loss, paired_kto_loss
 from openrlhf.trainer.dpo import DPOTrainer
 from openrlhf.trainer.frozen import answer_log_probs
 from tests.cli.supervised import pairs
@@ -69,6 +69,27 @@ def test_a_loss_without_reference_reads_means_over_tokens(folders, data):
     chosen, rejected, *counts = sides(folders[0], data)
     expected = orpo_loss(chosen / counts[0], rejected / counts[1], beta=0.3) / len(data)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_kto_on_pairs_measures_its_divergences_over_all_pairs_before_the_loss(folders, data, micro):
+    positive = 0
+    for both in (folders, folders[::-1]):
+        loss, seen = partial(paired_kto_loss, beta=0.1), Recorder()
+        options = {"pair_loss": loss, "measures_divergences": True, "beta": 0.1, "reference": reference_of(both[1])}
+        trainer = trainer_of(DPOTrainer, both[0], data, data, micro=micro, rows=7, callbacks=[seen], **options)
+        ratios = [ours - theirs for ours, theirs in zip(sides(both[0], data)[:2], sides(both[1], data)[:2])]
+        names = ("chosen_kl", "rejected_kl")
+        kl = {name: side.mean().clamp(min=0) for name, side in zip(names, ratios, strict=True)}
+        expected = loss(*ratios, **kl).item() / len(data)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        trainer.fit()
+        assert seen.steps[0]["loss"] == pytest.approx(expected, rel=1e-5)
+        assert {name: seen.steps[0][name] for name in kl} == pytest.approx(
+            {name: value.item() for name, value in kl.items()}, rel=1e-4, abs=1e-6
+        )
+        positive += sum(value > 0 for value in kl.values())
+    assert positive
 
 
 def test_the_reference_stays_as_it_was(folders, data):

@@ -1,6 +1,7 @@
 """A reference that says everything once gives the training that a reference in memory gives, and is then gone."""
 
 import gc
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from openrlhf.cli import train_dpo, train_kto
 from openrlhf.config.arguments import parse
+from openrlhf.models.actor import Actor
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
-from openrlhf.trainer.frozen import KnownAnswers, answer_log_probs
+from openrlhf.trainer.frozen import ANSWERS, answer_log_probs
+from openrlhf.trainer.known import KnownAnswers, ask_about
+from openrlhf.trainer.mismatched import mismatched_sets
 from tests.cli.supervised import answers, pairs, without_speed, write_rows
 from tests.helpers import tiny_folder
 from tests.trainer.language import Recorder, reference_of, solo, transformers_model
@@ -138,7 +142,85 @@ def test_a_loss_without_reference_loads_none(folders, tmp_path, loss):
 def test_an_answer_that_was_not_asked_about_is_an_error_and_a_dummy_is_none(folders, tmp_path):
     config = config_of("train_dpo", folders, tmp_path)
     data = train_dpo.command.read(config).train
-    reference = KnownAnswers()
+    reference = KnownAnswers.of([])
     assert torch.equal(reference(data.collate([])), torch.zeros(2))
     with pytest.raises(KeyError):
         reference(data.collate([data[0]]))
+
+
+def kept_reference(name, folders, folder, *words):
+    """Return ``(reference, rows, whether it was asked)`` of a command that starts in the run folder of ``folder``."""
+    config = config_of(name, folders, folder, "--precompute_ref_log_probs", *words, own_reference=name == "train_dpo")
+    recipe, strategy = COMMANDS[name][0].recipe(config), solo()
+    inputs = recipe.read(config, folder / "run")
+    engine = strategy.prepare_train(recipe.model(config, strategy, inputs), config.optim, 6)
+    asked, forward = [], Actor.forward
+
+    def noted(model, *batch, **options):
+        asked.append(batch)
+        return forward(model, *batch, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Actor, "forward", noted)
+        reference = recipe.options(config, strategy, inputs, engine)["reference"]
+    return reference, inputs.train, bool(asked)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--use_dynamic_batch", "--train_max_tokens_per_gpu", "300"]], ids=["", "budget"]
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_that_goes_on_does_not_ask_the_reference_again(name, words, folders, tmp_path):
+    first, rows, asked = kept_reference(name, folders, tmp_path, *words)
+    second, _, asked_again = kept_reference(name, folders, tmp_path, *words)
+    batch = rows.collate([rows[index] for index in range(len(rows))])
+    assert asked and not asked_again
+    assert torch.equal(first(batch), second(batch)) and first(batch).all()
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "settings", "file"])
+def test_what_another_reference_said_or_of_other_rows_is_not_used(change, folders, tmp_path):
+    frozen = tmp_path / "frozen"
+    shutil.copytree(folders[1], frozen)
+    both = [folders[0], str(frozen)]
+    kept_reference("train_dpo", both, tmp_path)
+    words = []
+    if change == "weights":
+        tiny_folder(frozen, seed=2)
+    elif change == "data":
+        words = ["--max_samples", "10"]
+    elif change == "settings":
+        words = ["--bf16"]
+    else:
+        path = tmp_path / "run" / "tokens" / ANSWERS
+        content = bytearray(path.read_bytes())
+        content[0] ^= 1
+        path.write_bytes(content)
+    reference, rows, asked = kept_reference("train_dpo", both, tmp_path, *words)
+    batch = rows.collate([rows[0]])
+    assert asked
+    if change != "settings":
+        torch.testing.assert_close(reference(batch), reference_of(both[1])(batch))
+
+
+class Watched:
+    """A reference that notes the tokens of its batches."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def __call__(self, batch):
+        self.tokens.append(int(batch.attention_mask.sum()))
+        return torch.zeros(len(batch.sequences))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_asked_before_training_keeps_to_the_budget_of_tokens(name, folders, tmp_path):
+    budget = 200
+    config = config_of(name, folders, tmp_path, "--use_dynamic_batch", "--train_max_tokens_per_gpu", str(budget))
+    inputs, ask = COMMANDS[name][0].read(config), Watched()
+    sets = inputs.sets()
+    if name == "train_kto":
+        sets += mismatched_sets(inputs.train, inputs.evaluation, config.batch)
+    ask_about(sets, ask, config.batch, solo())
+    assert max(inputs.train.lengths) < budget / 2 < max(ask.tokens) <= budget

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from openrlhf.config.supervised import ProcessDataConfig, SFTConfig
+from openrlhf.cli import train_kto
+from openrlhf.config.supervised import KTOConfig, ProcessDataConfig, SFTConfig, UnpairedDataConfig
 from openrlhf.datasets.process_reward import ProcessRewardDataset
 from openrlhf.datasets.sft import SFTDataset
+from openrlhf.errors import DataError
 from openrlhf.trainer.inputs import read_inputs
 from tests.helpers import tiny_folder
 
@@ -46,6 +48,22 @@ def test_rows_are_tokenised_once_and_kept_in_the_run_folder(config, tmp_path, ca
     assert kept == ["eval.rows", "train.rows"]
     assert first.train[0].text.endswith("assistant\nHo<|im_end|>")
     assert "read with --input_key messages --apply_chat_template" in caplog.text
+
+
+@pytest.mark.parametrize(("train", "asked"), [(1, False), (6, True), (6, False)])
+def test_a_set_of_one_row_is_too_small_where_rows_are_compared(config, tmp_path, caplog, train, asked):
+    for name, count in (("train", train), ("test", 1)):
+        rows = [json.dumps({"input": f"{n}", "output": "Ho", "label": n % 2}) + "\n" for n in range(count)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(rows))
+    folder = str(tmp_path / "data")
+    data = UnpairedDataConfig(dataset=folder, eval_dataset=folder if asked else None, output_key="output")
+    config = KTOConfig(model=replace(KTOConfig().model, pretrain=config.model.pretrain), data=data)
+    if train == 1 or asked:
+        with pytest.raises(DataError, match=f"--{'eval_' * asked}dataset {folder}: 1 row is not enough, .*: give 2"):
+            train_kto.recipe(config).read(config)
+    else:
+        assert not train_kto.recipe(config).read(config).evaluation
+        assert "1 row is not enough" in caplog.text and "the run does not evaluate" in caplog.text
 
 
 def test_solutions_in_steps_need_no_key_flags(config, tmp_path, caplog):
