@@ -108,7 +108,7 @@ def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1700)
 @pytest.mark.parametrize(("ranks", "ring"), [(2, 2), (4, 4), (4, 2)])
 def test_every_stage_and_micro_batch_gives_the_gradient_of_plain_torch_in_a_ring(tmp_path, ranks, ring):
     largest = check(tmp_path, ranks, ring_cases(), timeout=1500, ring=ring)
@@ -116,7 +116,7 @@ def test_every_stage_and_micro_batch_gives_the_gradient_of_plain_torch_in_a_ring
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1700)
 @pytest.mark.parametrize(("ranks", "ring"), [(2, 1), (2, 2), (4, 2)])
 def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_rings(tmp_path, ranks, ring):
     cases = [[loss, True, stage, 1] for loss in LOSSES for stage in (2, 3)]
@@ -125,7 +125,7 @@ def test_a_budget_of_tokens_gives_the_gradient_of_plain_torch_on_ranks_and_in_ri
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1700)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_packing_micro_batch_and_stage_gives_the_gradient_of_plain_torch(tmp_path, ranks):
     cases = every_case()
