@@ -51,6 +51,7 @@ class Watched:
     _ping: Any = None
     _asked: float = 0.0
     _since: float = 0.0
+    _heard: float = 0.0
 
     @property
     def key(self) -> str:
@@ -59,7 +60,7 @@ class Watched:
 
     def begin(self, now: float) -> None:
         """Count its silence, and how long it stands still, from now on."""
-        self._ping, self._since = None, now
+        self._ping, self._since, self._heard = None, now, now
 
     def ask(self, now: float) -> None:
         """Send a ping unless one is under way."""
@@ -76,7 +77,7 @@ class Watched:
             LOG.debug("%s is process %d", self.name, sign.pid)
         if self.sign is None or sign.headway != self.sign.headway:
             self._since = now
-        self.sign = sign
+        self.sign, self._heard = sign, now
 
     def trouble(self, now: float, limit_s: float) -> str:
         """Return why it is given up, ``""`` while it is not; ``limit_s`` where it has no limit of its own."""
@@ -84,7 +85,7 @@ class Watched:
         process = f" (process {self.sign.pid})" if self.sign else ""
         if self._ping is not None and now - self._asked >= limit_s:
             return f"No sign of life from {self.name} for {limit_s:.0f} s: stopped or hanging{process}"
-        if self.sign and self.sign.headway and now - self._since >= limit_s:
+        if self.sign and self.sign.headway and self._heard - self._since >= limit_s:
             return f"{self.name} made no headway for {limit_s:.0f} s: the call hangs{process}"
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import ray
 
 from openrlhf.errors import DataError, InfraError
 from openrlhf.ray.host import Sign
-from openrlhf.ray.watch import Watch
+from openrlhf.ray.watch import Watch, Watched
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -19,6 +20,14 @@ class Idle:
 
     def ping(self) -> Sign:
         return Sign(os.getpid(), None, 0)
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Stuck:
+    """An actor that stands at one point of a call, and answers."""
+
+    def ping(self) -> Sign:
+        return Sign(os.getpid(), (1, "a point"), 0)
 
 
 @pytest.fixture
@@ -56,3 +65,47 @@ def test_what_the_function_raises_is_raised_and_nobody_looks_on(idle):
     sign = watched.sign
     time.sleep(0.5)
     assert watched.sign is sign
+
+
+@pytest.fixture
+def stuck(local_ray):
+    actor = Stuck.remote()
+    ray.get(actor.ping.remote())
+    yield actor
+    ray.kill(actor)
+
+
+def heard(watched: Watched, now: float) -> None:
+    """Send a ping and take its answer, both at the time ``now``."""
+    watched.ask(now)
+    sign, until = watched.sign, time.monotonic() + 30.0
+    while watched.sign is sign and time.monotonic() < until:
+        watched.hear(now)
+        time.sleep(0.01)
+
+
+def test_a_call_hangs_when_answers_come_and_tell_of_no_headway(stuck):
+    watched = Watched("the engine", stuck)
+    watched.begin(0.0)
+    heard(watched, 1.0)
+    heard(watched, 10.0)
+    assert watched.trouble(11.5, 10.0) == ""
+    heard(watched, 11.5)
+    assert "the engine made no headway for 10 s: the call hangs" in watched.trouble(11.5, 10.0)
+
+
+def test_an_actor_that_falls_silent_in_a_call_is_said_to_be_silent(stuck):
+    watched = Watched("the engine", stuck)
+    watched.begin(0.0)
+    heard(watched, 1.0)
+    pid = watched.sign.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        watched.ask(3.0)
+        watched.hear(3.0)
+        assert watched.trouble(12.0, 10.0) == ""
+        assert f"No sign of life from the engine for 10 s: stopped or hanging (process {pid})" in watched.trouble(
+            13.0, 10.0
+        )
+    finally:
+        os.kill(pid, signal.SIGCONT)
