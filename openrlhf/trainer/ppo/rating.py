@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.errors import NumericError
-from openrlhf.rollout.reward_result import RewardResult, RewardSource
+from openrlhf.rollout.reward_result import RewardResult, RewardSource, join_extra
 from openrlhf.rollout.types import Rollout, SequenceBatch
 from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.groups import WorkerGroup
@@ -57,9 +57,8 @@ class Rated:
 
     @classmethod
     def join(cls, parts: Sequence[Rated]) -> Rated:
-        """Return the rows of all parts; of the further numbers those that all have."""
-        names = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
-        extra = {name: [value for part in parts for value in part.extra[name]] for name in names}
+        """Return the rows of all parts. Raises DataError when a further number is in some of them only."""
+        extra = join_extra([part.extra for part in parts], "the reward sources")
         steps = None if parts[0].steps is None else [row for part in parts for row in part.steps]
         rollouts, scores = [r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts])
         return cls(rollouts, scores, extra, steps)
