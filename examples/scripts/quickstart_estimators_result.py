@@ -40,9 +40,9 @@ def table(result: dict) -> str:
     lines = [f"exact answers to {result['held_out_prompts']} held-out prompts, seed {result['seed']}: at T=1 / greedy"]
     for name, found in result["estimators"].items():
         if len(lines) == 1:
-            lines.append(f"{'answers seen':20}" + "".join(f"{count:>15,}" for count in found["answers"]))
+            lines.append(f"{'answers seen':20}" + "".join(f"{count:>17,}" for count in found["answers"]))
         pairs = zip(found["sampled"], found["greedy"], strict=True)
-        reached = "".join(f"{f'{sampled:.1%} / {greedy:.1%}':>15}" for sampled, greedy in pairs)
+        reached = "".join(f"{f'{sampled:.1%} / {greedy:.1%}':>17}" for sampled, greedy in pairs)
         lines.append(f"{name:20}{reached}   {found['seconds_in_steps']:.0f} s in steps")
     return "\n".join(lines)
 
