@@ -201,7 +201,7 @@ class Dialect:
         return self.flat[written], [values[words[0]]]
 
     def write(self, flat: str) -> list[str]:
-        """Return how the dotted form of a flat flag begins, for each dotted flag that it is; empty where it is none."""
+        """Return how the dotted form of a flat flag begins, for each dotted flag that it is."""
         names = self.dotted.get(flat, [])
         return [" ".join([name, *[*SWITCHES.get(name, ())][:1]]) for name in names[: 2 if flat in TWINS else 1]]
 
