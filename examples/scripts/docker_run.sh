@@ -14,7 +14,9 @@ docker image inspect "$image" >/dev/null 2>&1 || docker build --tag "$image" --f
 
 cache=${HF_HOME:-$HOME/.cache/huggingface}
 mkdir -p "$cache"
-docker run --rm --interactive --tty \
+terminal=()
+[ -t 0 ] && terminal=(--interactive --tty)
+docker run --rm "${terminal[@]}" \
    ${gpus:+--gpus "$gpus"} \
    --shm-size 10g \
    --user "$(id -u):$(id -g)" \

@@ -47,7 +47,7 @@ AT_MOST = {
     **{f"{role}_num_nodes": 1 for role in ("actor", "critic", "ref", "reward")},
     **{f"{role}_num_gpus_per_node": 1 for role in ("actor", "critic", "ref", "reward")},
 }
-ELSEWHERE = ("srun", "ray", "docker", "sudo")
+ELSEWHERE = ("srun", "ray", "docker", "sudo", "curl")
 
 
 def flags_of(words: list[str]) -> dict[str, list[str]]:
@@ -108,7 +108,7 @@ def run(words: list[str]) -> int:
     with ExitStack() as stack:
         flags = small(command, flags_of(words[place + 1 :]), stack)
         if command == "serve_rm":
-            print(f"== {command}")
+            print(f"== openrlhf.cli.{command}")
             print(f"the server answered at {stack.enter_context(reward_server(flags))}")
             return 0
         line = launched(launcher, command, flags)

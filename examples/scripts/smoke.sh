@@ -22,6 +22,7 @@ deepspeed() { smoke deepspeed "$@"; }
 torchrun() { smoke torchrun "$@"; }
 ray() { smoke ray "$@"; }
 srun() { smoke srun "$@"; }
-scontrol() { hostname; }
+scontrol() { uname -n; }
 docker() { smoke docker "$@"; }
 sudo() { smoke sudo "$@"; }
+curl() { smoke curl "$@"; }

@@ -98,7 +98,7 @@ def write_model(path: Path, family: str, *, reward: bool) -> None:
     logging.disable_progress_bar()
     size = write_tokenizer(path)
     extra = {"num_local_experts": 2} if family == "mixtral" else {}
-    extra |= {"mean": 0.0, "std": 1.0} if reward else {}
+    extra |= {"mean": 0.0, "std": 1.0, "value_head_prefix": "score"} if reward else {}
     config = AutoConfig.for_model(
         family, vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, num_labels=1, bos_token_id=None, eos_token_id=2,
