@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DPO of an 8B model on eight GPUs. Beside --loss dpo there are ipo, kto_pair, simpo and orpo; simpo and orpo load no reference.
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 deepspeed --module openrlhf.cli.train_dpo \
    --save_path ./checkpoint/llama3-8b-dpo \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Knowledge distillation from a 70B model to an 8B model on eight GPUs. Both must have one tokenizer.
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 deepspeed --module openrlhf.cli.train_kd \
    --save_path ./checkpoint/llama3-8b-kd \

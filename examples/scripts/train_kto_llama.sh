@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # KTO of an 8B model on eight GPUs: answers that are each said to be desirable or not, without pairs.
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 deepspeed --module openrlhf.cli.train_kto \
    --save_path ./checkpoint/llama3-8b-kto \

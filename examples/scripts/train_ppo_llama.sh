@@ -2,6 +2,7 @@
 # PPO of an 8B model on eight GPUs in one program: each of them holds its part of all four models, and the policy itself
 # generates. train_ppo_ray does the same with the models on devices of their own, and with vLLM, which is much faster.
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 deepspeed --module openrlhf.cli.train_ppo \
    --pretrain OpenRLHF/Llama-3-8b-sft-mixture \

@@ -2,6 +2,7 @@
 # PPO of an 8B model on eight GPUs with rewards of a server: start serve_remote_rm.sh first, on a GPU of its own.
 # Several servers with one model: --remote_rm_url http://a:5000/get_reward,http://b:5000/get_reward --remote_rm_mode replicas
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 python3 -m openrlhf.cli.train_ppo_ray \
    --ref_num_gpus_per_node 2 \

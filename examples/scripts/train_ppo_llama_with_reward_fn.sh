@@ -3,6 +3,7 @@
 # Needs pip install math-verify.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ "${SMOKE:-0}" = 0 ] || source "$here/smoke.sh"
 
 python3 -m openrlhf.cli.train_ppo_ray \
    --ref_num_gpus_per_node 4 \

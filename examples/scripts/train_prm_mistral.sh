@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A process reward model of 7B on eight GPUs: every step of an answer ends with the placeholder and is right or wrong.
 set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 
 deepspeed --module openrlhf.cli.train_prm \
    --save_path ./checkpoint/mistral-7b-prm \

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from openrlhf import device
 from openrlhf.config.arguments import Problems, parse
+from openrlhf.config.dialect import Dialect
+from openrlhf.config.flags import flag_table
 from openrlhf.config.plan import plan_lines
 from openrlhf.errors import OpenRLHFError, Preempted, UsageError
 from openrlhf.strategy import signals
@@ -37,8 +40,9 @@ def run(
     device.configure_threads()
     if argv is None:
         signals.install()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config, dry_run = parse(config_class, list(sys.argv[1:] if argv is None else argv), prog, problems)
+        config, dry_run = parse(config_class, words, prog, problems)
         if dry_run:
             if _first_rank():
                 print("\n".join(plan(config, int(os.environ.get("WORLD_SIZE", "1")))))
@@ -54,7 +58,13 @@ def run(
         ended_by = _told(error)
         if ended_by is None:
             raise
-        fail(ended_by, prog)
+        fail(ended_by, prog, partial(_as_written, config_class, words))
+
+
+def _as_written(config_class: Any, argv: list[str], text: str) -> str:
+    """Return ``text`` with its flags spelled as the command line spells them."""
+    names = [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+    return Dialect(flag_table(config_class)).as_written(text, names)
 
 
 def _told(error: Exception) -> OpenRLHFError | None:
@@ -73,10 +83,13 @@ def _show_samples(config: Any, data: Callable[[Any], Any]) -> None:
     print("\n".join(sample_lines(data(config))))
 
 
-def fail(error: OpenRLHFError, prog: str) -> NoReturn:
-    """Print one message and end the process; what is the same on every rank is printed by one."""
+def fail(error: OpenRLHFError, prog: str, say: Callable[[str], str] = str) -> NoReturn:
+    """Print one message and end the process; what is the same on every rank is printed by one.
+
+    ``say`` puts the message in the words of the user.
+    """
     if not isinstance(error, (UsageError, Preempted)) or _first_rank():
-        print(_message(error, prog), file=sys.stderr, flush=True)
+        print(say(_message(error, prog)), file=sys.stderr, flush=True)
     if _among_ranks():
         # Threads of the collectives would wait for a rank that is gone, or abort an ordinary exit.
         sys.stdout.flush()

@@ -31,8 +31,9 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
 
     ``also(config)`` returns further problems, of rules that a configuration does not know.
 
-    ``--config run.yaml`` supplies what the command line does not give. ``--help`` prints the help and exits 0. What
-    deserves a word but is no problem is printed to standard error, by rank 0.
+    ``--config run.yaml`` supplies what the command line does not give. Flags may be spelled with dots, see
+    :mod:`openrlhf.config.dialect`; messages spell them as they were given. ``--help`` prints the help and exits 0.
+    What deserves a word but is no problem is printed to standard error, by rank 0.
 
     Raises:
         UsageError: with every problem, each naming its flag and the fix.
@@ -51,11 +52,11 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
-        raise UsageError(problems)
+        raise UsageError(reader.dialect.as_written(problem, reader.written) for problem in problems)
     notices += _ask(config, "notices") + no_effect_notices(values | {"dry_run": dry_run}, set(given), gpu_present())
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {reader.dialect.as_written(notice, reader.written)}", file=sys.stderr)
     return config, dry_run
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from openrlhf.config.dialect import Dialect, sections_joined
 from openrlhf.config.flags import Flag
 from openrlhf.config.help import COMMAND_FLAGS
 
@@ -19,12 +20,16 @@ class Reader:
     Attributes:
         problems: one sentence for each mistake, in the order of the command line.
         broken: the flags that those sentences speak of; their values mean nothing.
+        dialect: how the flags are spelled with dots.
+        written: the names of the flags that were given, as they were written.
     """
 
     def __init__(self, table: dict[str, Flag]):
         self.table = table
         self.problems: list[str] = []
         self.broken: set[str] = set()
+        self.dialect = Dialect(table)
+        self.written: set[str] = set()
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], bool]:
         """Return ``(values of the given flags, dry_run)``; the command line wins over the YAML file."""
@@ -48,25 +53,35 @@ class Reader:
     def _fail(self, name: str | None, text: str) -> None:
         self.problems.append(text)
         if name:
-            self.broken.add(name)
+            self.broken.add(self.dialect.flat.get(name, name))
 
     def _convert(self, words: Mapping[str, list[str] | None], where: str) -> dict[str, Any]:
-        values = {}
+        values: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
+        self.written |= set(words)
         for written, texts in words.items():
-            name = ALIASES.get(written, written)
+            name = ALIASES.get(written, self.dialect.flat.get(written, written))
             if name not in self.table:
                 close = self._closest(name)
                 hint = f"did you mean --{close}?" if close else "see --help for the flags of this command"
                 self._fail(close or name, f"unknown flag --{written}{where}: {hint}")
                 continue
             try:
-                values[name] = self.table[name].convert(texts)
+                value = self.table[name].convert(self.dialect.read(written, texts)[1])
             except ValueError as error:
                 self._fail(name, f"--{written}{where} {error}")
+                continue
+            if values.get(name, value) != value:
+                both = f"--{spelled[name]} and --{written}{where}"
+                self._fail(
+                    name, f"{both} are one flag here, and have two values: give them the same, or leave one out"
+                )
+            values[name], spelled[name] = value, written
         return values
 
     def _closest(self, name: str) -> str | None:
         plain, names = name.replace("-", "_").lower(), [*self.table, *(row[0] for row in COMMAND_FLAGS)]
+        names = [*self.dialect.flat] if "." in name else names
         longer = [other for other in names if plain and other.startswith(plain)]
         return next(iter(longer or get_close_matches(plain, names, 1)), None)
 
@@ -84,6 +99,7 @@ class Reader:
         if not isinstance(content, dict):
             self._fail(None, f"--config {path} must hold lines of the form flag: value")
             return {}
+        content = sections_joined(content)
         for name in [name for name, value in content.items() if isinstance(value, dict)]:
             del content[name]
             self._fail(str(name), f"--{name} in {path} holds further names: the file is flat, as the command line is")
@@ -91,7 +107,7 @@ class Reader:
 
     def _yaml_words(self, name: str, value: Any) -> list[str] | None:
         """Return a YAML value as the words of a command line; null, and false where it is no switch, are None."""
-        entry = self.table.get(name)
+        entry = self.table.get(self.dialect.flat.get(name, name))
         if value is None or (value is False and entry and entry.kind is not bool):
             return None
         return [str(item) for item in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# DPO of an 8B model on long conversations on eight GPUs: two neighbouring GPUs share each sequence (ring attention).
+# Needs pip install openrlhf[ring] on GPUs.
+set -euo pipefail
+[ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
+
+deepspeed --module openrlhf.cli.train_dpo \
+   --save_path ./checkpoint/llama3-8b-dpo-ring \
+   --save_steps -1 \
+   --logging_steps 1 \
+   --eval_steps -1 \
+   --train_batch_size 256 \
+   --micro_train_batch_size 1 \
+   --pretrain OpenRLHF/Llama-3-8b-sft-mixture \
+   --bf16 \
+   --max_epochs 1 \
+   --max_len 16384 \
+   --zero_stage 3 \
+   --learning_rate 5e-7 \
+   --beta 0.1 \
+   --dataset OpenRLHF/preference_dataset_mixture2_and_safe_pku \
+   --apply_chat_template \
+   --chosen_key chosen \
+   --rejected_key rejected \
+   --packing_samples \
+   --ring_attn_size 2 \
+   --ring_head_stride 2 \
+   --flash_attn \
+   --gradient_checkpointing
