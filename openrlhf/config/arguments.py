@@ -68,10 +68,11 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
-    if "run_path" not in values:
+    if "run_path" in values:
+        values["run_path"] = run_folder(values["save_path"], values["run_path"])
+        values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
+    if "input_template" not in values:
         return []
-    values["run_path"] = run_folder(values["save_path"], values["run_path"])
-    values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
     template = values["input_template"] or None
     notices = []
     if template and "{}" not in template:

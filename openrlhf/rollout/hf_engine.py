@@ -93,7 +93,10 @@ class HFEngine:
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
         sharded = self._sharded
         # Ranks that share the weights could only leave together.
-        processors = [sampler] if sharded else [_leave_if_asked, sampler]
+        processors = [] if sharded else [_leave_if_asked]
+        if sampling.repetition_penalty != 1.0:
+            processors.append(RepetitionPenalty(sampling.repetition_penalty, attention_mask))
+        processors.append(sampler)
         output = actor.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -140,6 +143,27 @@ def _leave_if_asked(input_ids: Tensor, scores: Tensor) -> Tensor:
     """Raise ``Preempted`` between two tokens when the run is asked to stop and may drop the rollout."""
     signals.check()
     return scores
+
+
+class RepetitionPenalty:
+    """A logits processor that makes tokens of the prompt and of the answer so far less likely, as vLLM does.
+
+    Args:
+        penalty: divides positive scores and multiplies negative ones.
+        attention_mask: ``(rows, S)`` of the prompts, 0 on padding, which is no token that was said.
+    """
+
+    def __init__(self, penalty: float, attention_mask: Tensor):
+        self._penalty = penalty
+        self._padding = attention_mask == 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` (rows, V) with those of ``input_ids`` (rows, S + answer) penalised."""
+        said = input_ids.clone()
+        prompts = said[:, : self._padding.shape[1]]
+        prompts[self._padding] = input_ids[:, -1:].expand_as(prompts)[self._padding]
+        found = scores.gather(1, said)
+        return scores.scatter(1, said, torch.where(found < 0, found * self._penalty, found / self._penalty))
 
 
 class RowSampler:
