@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf.config.algorithms import ESTIMATORS
+from openrlhf.config.chat import ChatConfig
 from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
@@ -37,6 +38,7 @@ COMMANDS = {
     "lora_combiner": CombinerConfig,
     "serve_rm": ServeConfig,
     "batch_inference": BatchInferenceConfig,
+    "interactive_chat": ChatConfig,
 }
 KINDS = {"int": int, "float": float, "str": str, None: bool}
 
@@ -73,6 +75,7 @@ EXTRA = {
     "train_sft": EVERYWHERE,
     "lora_combiner": {"trust_remote_code"},
     "serve_rm": {"trust_remote_code", "api_key"},
+    "interactive_chat": {"trust_remote_code", "tokenizer_chat_template", "seed"},
     "batch_inference": {
         *("trust_remote_code", "collective_timeout", "too_long", "special_tokens_in_text", "window_size"),
         "tokenizer_chat_template",

@@ -103,7 +103,9 @@ class AnswerConfig:
     best_of_n: int = flag(1, "Answers to each prompt.", at_least=1)
     max_new_tokens: int = flag(1024, "Most tokens of an answer.", at_least=1)
     greedy_sampling: bool = flag(False, "Take the likeliest token at every step.")
-    top_p: float = flag(1.0, "Sample from the smallest set of tokens with this share of probability.", above=0)
+    top_p: float = flag(
+        1.0, "Sample from the smallest set of tokens with this share of probability.", above=0, at_most=1
+    )
     temperature: float = flag(1.0, "Sampling temperature; 0 is greedy.", at_least=0)
     repetition_penalty: float = flag(1.0, "Divides the positive scores of tokens that were there before.", above=0)
     enable_csft: bool = flag(False, "Put --csft_prompt behind every prompt.")
@@ -113,9 +115,6 @@ class AnswerConfig:
     def prompt_end(self) -> str:
         """What every prompt gets at its end."""
         return f"{self.csft_prompt.strip()} " if self.enable_csft else ""
-
-    def problems(self) -> list[str]:
-        return [f"--top_p must be at most 1, got {self.top_p:g}"] if self.top_p > 1 else []
 
     def notices(self) -> list[str]:
         if self.best_of_n > 1 and (self.greedy_sampling or self.temperature == 0):

@@ -63,6 +63,12 @@ class HFEngine:
             self._generate_batch([(Prompt("", "", (self.pad_id,)), 0)], replace(sampling, max_new_tokens=1))
         return rollouts
 
+    def stream(self, prompt: Prompt, sampling: SamplingParams, show: Callable[[int], None]) -> Rollout:
+        """Return one rollout, after ``show`` was called with each of its tokens as it was chosen. Not for ranks that
+        share the weights.
+        """
+        return self._generate_batch([(prompt, 0)], sampling, _Streamer(show))[0]
+
     def sleep(self) -> None:
         """Do nothing: the engine owns no memory of its own."""
 
@@ -83,7 +89,9 @@ class HFEngine:
         """Return how many batches of nobody this rank must generate after its ``own`` because others need it."""
         return round(self._comm.all_reduce(float(own), op="max")) - own if self._sharded else 0
 
-    def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+    def _generate_batch(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams, streamer: _Streamer | None = None
+    ) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         actor = self._actor()
@@ -108,6 +116,7 @@ class HFEngine:
             ),
             logits_processor=LogitsProcessorList(processors),
             synced_gpus=sharded,
+            streamer=streamer,
         )
         answers = output[:, input_ids.shape[1] :].tolist()
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
@@ -137,6 +146,23 @@ class HFEngine:
             policy_version=self.policy_version,
             seed=seed,
         )
+
+
+class _Streamer:
+    """What transformers calls with the tokens of the prompt first, and then with every new one."""
+
+    def __init__(self, show: Callable[[int], None]):
+        self._show = show
+        self._begun = False
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt, or the next token ``(1,)``."""
+        if self._begun:
+            self._show(int(ids))
+        self._begun = True
+
+    def end(self) -> None:
+        """Do nothing: the answer is returned."""
 
 
 def _leave_if_asked(input_ids: Tensor, scores: Tensor) -> Tensor:
