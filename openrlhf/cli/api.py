@@ -1,7 +1,8 @@
 """The commands as functions, for notebooks and programs: ``openrlhf.train_sft(openrlhf.SFTConfig(...))``.
 
 A configuration is built group by group, or by ``openrlhf.configure`` from the names of the flags. It is checked as a
-command line is, and an error is an exception of ``openrlhf/errors.py``. Light to import: torch comes with the first call that trains.
+command line is, and what is wrong is raised as an error of ``openrlhf/errors.py``. Light to import: torch comes with
+the first call.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from openrlhf.cli.common import libraries_hushed, run
 from openrlhf.config.chat import SETTABLE, ChatConfig
 from openrlhf.config.flags import flag_table
+from openrlhf.config.plan import setting_sections
 
 if TYPE_CHECKING:
     from openrlhf.inference.chat import Talker
@@ -29,7 +30,7 @@ A line that is meant for the model and begins with / gets a space before it."""
 def plan(config: ChatConfig, _: int) -> list[str]:
     """Return what would be done."""
     how = "its chat template" if config.apply_chat_template else f"the template {config.input_template!r}"
-    return [f"talk to {config.pretrain} with {how}", _shown(config)]
+    return setting_sections(config, [f"talk to {config.pretrain} with {how}", _shown(config)])
 
 
 def chat(config: ChatConfig) -> None:

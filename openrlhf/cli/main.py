@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from difflib import get_close_matches
+from pkgutil import resolve_name
 
 COMMANDS = {
     "sft": ("train_sft", "supervised fine-tuning and continued pre-training"),
@@ -30,9 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         print(usage())
     elif words[0] == "--version":
-        from openrlhf import __version__
-
-        print(__version__)
+        print(resolve_name("openrlhf:__version__"))
     elif words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
         sys.argv = [f"openrlhf {words[0]}", *words[1:]]
@@ -53,8 +52,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "openrlhf COMMAND --help lists the flags of a command; --config FILE reads them from YAML, --dry_run checks",
-            "them and prints the plan. On several devices: deepspeed --module openrlhf.cli.main COMMAND ...",
+            "openrlhf COMMAND --help lists the flags of a command; --config FILE reads them from YAML, --dry_run",
+            "checks them and prints the plan. On several devices: deepspeed --module openrlhf.cli.main COMMAND ...",
         ]
     )
 

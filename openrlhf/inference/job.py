@@ -16,6 +16,7 @@ from openrlhf.datasets.fingerprint import fingerprint
 from openrlhf.inference.windows import WindowFile
 from openrlhf.models.identity import model_identity
 from openrlhf.strategy.comm import Comm, SoloComm
+from openrlhf.strategy.signals import PATIENCE_S
 
 INDIFFERENT = {
     *("pretrain", "dataset", "dataset_probs", "dataset_split", "max_samples"),  # their content counts
@@ -70,6 +71,7 @@ def run_job(
     file = None
     if comm.rank == 0:
         file = WindowFile(Path(config.output_path), job_key(config, rows), windows, voice.say)
+    comm.barrier("what the first rank reads", PATIENCE_S)  # every weight, for the key
     done = comm.broadcast_object(file.done if file else None)
     if done < len(windows):
         load()

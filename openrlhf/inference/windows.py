@@ -118,7 +118,7 @@ class WindowFile:
         """Take the next window from the file; cut the file there and return false when it is not whole."""
         start = self._file.tell()
         line = self._file.readline()
-        window = json.loads(line) if line.endswith(b"\n") else {}
+        window = _window_of(line)
         if window.get("uids") == list(self._windows[self.done]):
             self._results.append(window["results"])
             return True
@@ -144,3 +144,12 @@ def _line(content: Any) -> bytes:
         return f"{json.dumps(content, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:
         return f"{json.dumps(content)}\n".encode()
+
+
+def _window_of(line: bytes) -> dict[str, Any]:
+    """Return what a line holds; nothing where it was cut short, or a disk that lost its power left other bytes."""
+    try:
+        window = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return {}
+    return window if isinstance(window, dict) else {}

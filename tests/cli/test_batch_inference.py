@@ -162,6 +162,21 @@ def test_a_run_killed_at_a_random_moment_ends_as_if_nothing_had_happened(materia
 
 
 @pytest.mark.full
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(material, tmp_path):
+    flags = generation(material, tmp_path / "out.jsonl", window_size=1, max_new_tokens=60)
+    words = command("batch_inference", flags)
+    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < end and count(tmp_path / "out.jsonl.partial") < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in told
+    assert f"the same command goes on behind what is in {tmp_path / 'out.jsonl.partial'}" in told
+    assert len(here(flags)) == 3 * len(PROMPTS)
+
+
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_run_killed_at_ten_random_moments_ends_as_if_nothing_had_happened(material, tmp_path):
     _kill_and_compare(material, tmp_path, kills=10)

@@ -57,6 +57,17 @@ def test_a_file_cut_at_any_byte_is_finished_as_if_nothing_had_happened(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "whole.jsonl"}
 
 
+def test_a_window_of_other_bytes_and_what_is_behind_it_are_done_again(tmp_path):
+    finish(tmp_path / "whole.jsonl")
+    finish(tmp_path / "out.jsonl", most=2)
+    partial = tmp_path / "out.jsonl.partial"
+    header, first, second = partial.read_bytes().splitlines(keepends=True)
+    for damaged in (b"\0" * 9 + b"\n", b"[1]\n", second):
+        partial.write_bytes(header + damaged + second)
+        finish(tmp_path / "out.jsonl")
+        assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_windows_that_are_there_are_not_done_again(tmp_path):
     finish(tmp_path / "out.jsonl", most=2)
     said = finish(tmp_path / "out.jsonl", most=2)
