@@ -34,6 +34,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["openrlhf", "openrlhf.*"]),
     install_requires=lines("requirements.txt"),
+    entry_points={"console_scripts": ["openrlhf = openrlhf.cli.main:main"]},
     extras_require={
         "vllm": ["vllm>=0.18"],
         "vllm_latest": ["vllm>=0.32"],

@@ -17,6 +17,13 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def visible_devices() -> int:
+    """Return the number of GPUs that this process sees; 1 without any."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
 def gpu_present() -> bool:
     """Return whether this machine shows a GPU driver; asked where torch may not be imported yet."""
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

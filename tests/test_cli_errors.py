@@ -13,6 +13,8 @@ import pytest
 from openrlhf.cli.common import run
 from openrlhf.cli.train_ppo_ray import placement_problems
 from openrlhf.config.arguments import parse
+from openrlhf.config.chat import ChatConfig
+from openrlhf.config.inference import BatchInferenceConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
@@ -29,6 +31,8 @@ COMMANDS = {
     "train_prm": PRMConfig,
     "train_ppo": PPOConfig,
     "train_ppo_ray": RayPPOConfig,
+    "batch_inference": BatchInferenceConfig,
+    "interactive_chat": ChatConfig,
 }
 GOOD = {
     "train_sft": "--pretrain m --dataset d --output_key answer",
@@ -39,6 +43,8 @@ GOOD = {
     "train_prm": "--pretrain m --dataset d --placeholder_token X",
     "train_ppo": "--pretrain m --prompt_data d --reward_pretrain r",
     "train_ppo_ray": "--pretrain m --prompt_data d --reward_pretrain r",
+    "batch_inference": "--eval_task rm --pretrain m --dataset d --output_path o",
+    "interactive_chat": "--pretrain m",
 }
 WRONG = [
     ("train_sft", "--learning_rat 1", "unknown flag --learning_rat: did you mean --learning_rate?"),

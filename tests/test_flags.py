@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from openrlhf.config.algorithms import ESTIMATORS
+from openrlhf.config.chat import ChatConfig
 from openrlhf.config.combiner import CombinerConfig
 from openrlhf.config.flags import flag_table
 from openrlhf.config.help import print_help
+from openrlhf.config.inference import BatchInferenceConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.serve import ServeConfig
@@ -35,6 +37,8 @@ COMMANDS = {
     "train_ppo_ray": RayPPOConfig,
     "lora_combiner": CombinerConfig,
     "serve_rm": ServeConfig,
+    "batch_inference": BatchInferenceConfig,
+    "interactive_chat": ChatConfig,
 }
 KINDS = {"int": int, "float": float, "str": str, None: bool}
 
@@ -71,6 +75,11 @@ EXTRA = {
     "train_sft": EVERYWHERE,
     "lora_combiner": {"trust_remote_code"},
     "serve_rm": {"trust_remote_code", "api_key"},
+    "interactive_chat": {"trust_remote_code", "tokenizer_chat_template", "seed"},
+    "batch_inference": {
+        *("trust_remote_code", "collective_timeout", "too_long", "special_tokens_in_text", "window_size"),
+        "tokenizer_chat_template",
+    },
     "train_rm": EVERYWHERE | {"lr_scheduler", *HF_CKPT},
     "train_dpo": EVERYWHERE
     | {"lr_scheduler", "tokenizer_chat_template", "loss", "target_margin", "precompute_ref_log_probs"},

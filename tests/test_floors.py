@@ -21,6 +21,7 @@ FLOORS = {
     "datasets": 2,
     "strategy": 3,
     "rollout": 4,
+    "inference": 5,
     "trainer": 5,
     "ray": 6,
     "cli": 7,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -81,6 +83,17 @@ def _show_samples(config: Any, data: Callable[[Any], Any]) -> None:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     print("\n".join(sample_lines(data(config))))
+
+
+@contextmanager
+def libraries_hushed() -> Iterator[None]:
+    """Keep the warnings that libraries log when they are imported off the screen, where none speaks of the work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def fail(error: OpenRLHFError, prog: str, say: Callable[[str], str] = str) -> NoReturn:

@@ -8,11 +8,7 @@ whole ones, so its outputs differ from those in training by the rounding of the 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from openrlhf.cli.common import run
+from openrlhf.cli.common import libraries_hushed, run
 from openrlhf.config.combiner import CombinerConfig
 
 
@@ -24,7 +20,7 @@ def plan(config: CombinerConfig, _: int) -> list[str]:
 
 def combine(config: CombinerConfig) -> None:
     """Merge as ``config`` says. Raises the errors of :mod:`openrlhf.errors`."""
-    with _libraries_hushed():
+    with libraries_hushed():
         from openrlhf.models.merging import merge_adapter
         from openrlhf.strategy.export import write_model
 
@@ -37,17 +33,6 @@ def combine(config: CombinerConfig) -> None:
         )
         write_model(model, config.output_path, tokenizer)
     print(f"done: merged model in {config.output_path}")
-
-
-@contextmanager
-def _libraries_hushed() -> Iterator[None]:
-    """Keep the warnings that libraries log when they are imported off the screen: none speaks of a merge."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from openrlhf.config.checks import ring_problems
 from openrlhf.config.flag_status import missing_packages, no_effect_notices, not_yet_problems
-from openrlhf.config.flags import flag_table
+from openrlhf.config.flags import Flag, flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
 from openrlhf.config.reader import Reader
@@ -24,6 +24,8 @@ from openrlhf.device import gpu_present
 from openrlhf.errors import UsageError
 
 Problems = Callable[[Any], list[str]]
+Words = list[str] | None
+Config = TypeVar("Config")
 
 
 def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None = None) -> tuple[Any, bool]:
@@ -44,10 +46,54 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     table = flag_table(config_class)
     reader = Reader(table)
     given, dry_run = reader.read(argv)
-    values = {name: entry.default for name, entry in table.items()} | given
-    notices = _resolve(values, config_class.run_prefix)
-    config = with_values(config_class(), values)
-    defaults = {name: entry.default for name, entry in table.items()}
+    return _settled(config_class(), given, reader, also, dry_run), dry_run
+
+
+def configure(command: type[Config], **flags: Any) -> Config:
+    """Return the configuration of a command with some of its flags set by name.
+
+    ``configure(SFTConfig, pretrain="model", dataset="rows.jsonl", output_key="answer", lora_rank=8)``
+
+    Raises:
+        UsageError: a flag is not known or does not take its value. Rules across flags are checked when it is used.
+    """
+    table = flag_table(command)
+    reader = Reader(table)
+    given = reader.convert(_flag_words(table, flags))
+    if reader.problems:
+        raise UsageError(reader.problems)
+    return with_values(command(), {name: entry.default for name, entry in table.items()} | given)
+
+
+def checked(config: Any, also: Problems | None = None) -> Any:
+    """Return a configuration that no command line made, checked and completed as :func:`parse` does it.
+
+    Raises:
+        UsageError: as :func:`parse`.
+    """
+    command: Any = type(config)
+    table = flag_table(command)
+    own = {name: entry.value(config) for name, entry in table.items() if entry.value(config) != entry.default}
+    reader = Reader(table)
+    return _settled(command(), reader.convert(_flag_words(table, own)), reader, also)
+
+
+def _flag_words(table: Mapping[str, Flag], values: Mapping[str, Any]) -> dict[str, Words]:
+    """Return the words of a command line that stand for values; None is the null of a YAML file."""
+    found: dict[str, Words] = {}
+    for name, value in values.items():
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        null = value is None or (value is False and name in table and table[name].kind is not bool)
+        found[name] = None if null else [str(item) for item in several]
+    return found
+
+
+def _settled(config: Any, given: dict[str, Any], reader: Reader, also: Problems | None, dry_run: bool = False) -> Any:
+    """Return ``config`` with the values ``given`` and those that follow from them, unless something is wrong."""
+    defaults = {name: entry.default for name, entry in reader.table.items()}
+    values = defaults | given
+    notices = _resolve(values, config.run_prefix)
+    config = with_values(config, values)
     found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults)
     found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
@@ -57,7 +103,7 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
             print(f"note: {reader.dialect.as_written(notice, reader.written)}", file=sys.stderr)
-    return config, dry_run
+    return config
 
 
 def to_flat_dict(config: Any) -> dict[str, Any]:
@@ -69,10 +115,11 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:
     """Fill the defaults that depend on other flags or on the time, and mend the template; return what to tell."""
-    if "run_path" not in values:
+    if "run_path" in values:
+        values["run_path"] = run_folder(values["save_path"], values["run_path"])
+        values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
+    if "input_template" not in values:
         return []
-    values["run_path"] = run_folder(values["save_path"], values["run_path"])
-    values["wandb_run_name"] = values["wandb_run_name"] or f"{run_prefix}_{datetime.now():%m%dT%H:%M}"
     template = values["input_template"] or None
     notices = []
     if template and "{}" not in template:

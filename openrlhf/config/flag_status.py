@@ -109,6 +109,12 @@ _TEMPLATE = NoEffect(
 _CHAT = NoEffect("it needs --apply_chat_template, or rows of messages", _unset("apply_chat_template"))
 _RAW = NoEffect("--pretrain_mode trains on the raw text of --input_key", lambda v, gpu: v.get("pretrain_mode", False))
 _CRITIC = NoEffect("the advantage estimator has no critic", _without_critic)
+_VLLM = NoEffect(
+    "only vLLM has one (--vllm_num_engines, or --eval_task generate_vllm)",
+    lambda v, gpu: v["eval_task"] != "generate_vllm" if "eval_task" in v else not v["vllm_num_engines"],
+)
+_VLLM_TASK = NoEffect("it needs --eval_task generate_vllm", lambda v, gpu: v["eval_task"] != "generate_vllm")
+_CONDITIONAL = NoEffect("it needs --post_processor csft", lambda v, gpu: v["post_processor"] != "csft")
 _ENGINES = NoEffect("it needs --vllm_num_engines: the policy itself generates", _unset("vllm_num_engines"))
 _OFFLOAD = NoEffect("it needs a GPU and --zero_stage 3", lambda values, gpu: not gpu or values["zero_stage"] != 3)
 _REFERENCE = NoEffect(
@@ -176,7 +182,11 @@ NO_EFFECT_HERE = {
     **dict.fromkeys(("critic_pretrain", "critic_learning_rate", "critic_num_nodes", "value_clip", "lambd"), _CRITIC),
     **dict.fromkeys(("critic_num_gpus_per_node", "freezing_actor_steps"), _CRITIC),
     **dict.fromkeys(("ref_num_nodes", "ref_num_gpus_per_node", "colocate_actor_ref"), _NO_COPY),
-    **dict.fromkeys(("enforce_eager", "enable_prefix_caching", "sync_tolerance"), _ENGINES),
+    **dict.fromkeys(("enforce_eager", "sync_tolerance"), _ENGINES),
+    "enable_prefix_caching": _VLLM,
+    **dict.fromkeys(("tp_size", "max_num_seqs"), _VLLM_TASK),
+    "csft_prompt": NoEffect("it needs --enable_csft", _unset("enable_csft")),
+    "reward_template": _CONDITIONAL,
     **dict.fromkeys(("eval_temperature", "eval_n_samples_per_prompt", "best_metric_key"), _EVAL),
     "gamma": NoEffect("the advantage estimator compares whole answers, so nothing is discounted", _of_whole_answers),
     "no_advantage_std_norm": NoEffect(
@@ -236,6 +246,7 @@ class Package:
 
 
 NEEDED_BY = {
+    "eval_task": Package("vllm", "openrlhf[vllm]", lambda values, gpu: values["eval_task"] == "generate_vllm"),
     "vllm_num_engines": Package("vllm", "openrlhf[vllm]"),
     "lora_rank": Package("peft", "peft"),
     "lora_path": Package("peft", "peft"),

@@ -30,17 +30,24 @@ def plan_lines(
         placement: who shares which device, one line each.
         memory: what every role needs; None for models that share every device.
     """
-    flat, defaults = to_flat_dict(config), to_flat_dict(type(config)())
-    changed = {name: value for name, value in flat.items() if value != defaults[name]}
-    same = [f"{name}={value!r}" for name, value in flat.items() if name not in changed]
     work = _ppo_lines if isinstance(config, PPOConfig) else _supervised_lines
     data = config.prompts if isinstance(config, PPOConfig) else config.data
     rows = count_rows(data.prompt_data if isinstance(config, PPOConfig) else data.dataset, data.max_samples)
+    needed = _memory_lines(config, world_size) if memory is None else memory
+    return setting_sections(
+        config, work(config, world_size, rows), *_section("devices", placement), *_section(MEMORY, needed)
+    )
+
+
+def setting_sections(config: Any, work: Sequence[str], *more: str) -> list[str]:
+    """Return the lines of a plan: changed settings, the work, ``more`` lines, and all other settings."""
+    flat, defaults = to_flat_dict(config), to_flat_dict(type(config)())
+    changed = {name: value for name, value in flat.items() if value != defaults[name]}
+    same = [f"{name}={value!r}" for name, value in flat.items() if name not in changed]
     return [
         *_section("settings", [f"{name} = {value!r}" for name, value in changed.items()]),
-        *_section("plan", work(config, world_size, rows)),
-        *_section("devices", placement),
-        *_section(MEMORY, _memory_lines(config, world_size) if memory is None else memory),
+        *_section("plan", work),
+        *more,
         *_section("by default", textwrap.wrap(" ".join(same), WIDTH, break_long_words=False, break_on_hyphens=False)),
     ]
 

@@ -43,8 +43,8 @@ class Reader:
         if path is not None and len(path) != 1:
             self._fail("config", "--config takes one YAML file: write --config run.yaml")
             path = None
-        given = self._convert(self._read_yaml(path[0]), f" in {path[0]}") if path else {}
-        return given | self._convert(words, ""), dry_run is not None
+        given = self.convert(self._read_yaml(path[0]), f" in {path[0]}") if path else {}
+        return given | self.convert(words, ""), dry_run is not None
 
     def explains(self, problem: str) -> bool:
         """Whether ``problem`` names a flag that could not be read: then it only repeats a known mistake."""
@@ -55,7 +55,8 @@ class Reader:
         if name:
             self.broken.add(self.dialect.flat.get(name, name))
 
-    def _convert(self, words: Mapping[str, list[str] | None], where: str) -> dict[str, Any]:
+    def convert(self, words: Mapping[str, list[str] | None], where: str = "") -> dict[str, Any]:
+        """Return the values that words by flag stand for; ``where`` says in messages where they were written."""
         values: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         self.written |= set(words)

@@ -14,6 +14,7 @@ from openrlhf.datasets.formats import PROMPTS
 from openrlhf.datasets.preview import marked_text, shortened
 from openrlhf.datasets.rows import TokenisedRows
 from openrlhf.datasets.templates import Renderer, fill_template
+from openrlhf.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PromptDataset(TokenisedRows):
         prompt_max_len: tokens kept of a prompt.
         label_key: key of the reference answer, or None.
         name: what messages call the data.
+        end: what every prompt ends with, after its template; it is not cut.
 
     Attributes:
         dropped: ``Counter`` of rows left out, by reason.
@@ -68,12 +70,15 @@ class PromptDataset(TokenisedRows):
         prompt_max_len: int,
         label_key: str | None = None,
         name: str = "the data",
+        end: str = "",
     ):
         render = Renderer(
             tokenizer, prompts_cfg.input_template, prompts_cfg.apply_chat_template, prompts_cfg.special_tokens_in_text
         )
         super().__init__(tokenizer, prompts_cfg, prompt_max_len, render, name)
         self._label_key = label_key
+        self._end = end
+        self._end_ids = tokens.tokenize(tokenizer, [end])[0] if end else []
         self._prompts: list[tuple[int, str, array, str, str]] = []
         self._read(rows, {prompts_cfg.input_key: "--input_key"} | ({label_key: "--label_key"} if label_key else {}))
 
@@ -97,13 +102,25 @@ class PromptDataset(TokenisedRows):
         key = self.cfg.input_key
         usable = [(number, row) for number, row in batch if not is_blank(row[key])]
         self.dropped["empty prompt"] += len(batch) - len(usable)
-        texts = [self._render.prompt(row[key], self._where(number)) for number, row in usable]
+        texts = [self._render.prompt(row[key], self._where(number)) + self._end for number, row in usable]
         for (number, row), text, ids in zip(usable, texts, tokens.tokenize(self.tokenizer, texts), strict=True):
             if not self._keeps(len(ids), number):
                 continue
             label = label_text(row[self._label_key]) if self._label_key else ""
             source = str(row.get("datasource") or "default")
-            self._prompts.append((number, tokens.unguarded(text), array("i", ids[: self.limit]), label, source))
+            self._prompts.append((number, tokens.unguarded(text), array("i", self._cut(ids)), label, source))
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """Return at most ``prompt_max_len`` tokens of ``ids``, the end that all prompts have among them."""
+        if len(ids) <= self.limit:
+            return ids
+        kept = self.limit - len(self._end_ids)
+        if kept < 1:
+            raise UsageError(
+                f"{self.limit_flag} {self.limit} has no room for a prompt before its end {self._end!r}: raise it "
+                f"above {len(self._end_ids)}"
+            )
+        return ids[:kept] + self._end_ids
 
 
 def label_text(value: Any) -> str:

@@ -78,6 +78,14 @@ def check_reward_model(
         )
 
 
+def context_length(path: str, *, trust_remote_code: bool) -> int | None:
+    """Return the most tokens that the model at ``path`` reads, by its config; None where that does not say it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def weight_names(folder: Path, flag: str) -> set[str]:
     """Return the names of the weights in the safetensors files of ``folder``; DataError for a damaged file."""
     from safetensors import SafetensorError, safe_open

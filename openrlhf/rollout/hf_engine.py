@@ -63,6 +63,12 @@ class HFEngine:
             self._generate_batch([(Prompt("", "", (self.pad_id,)), 0)], replace(sampling, max_new_tokens=1))
         return rollouts
 
+    def stream(self, prompt: Prompt, sampling: SamplingParams, show: Callable[[int], None]) -> Rollout:
+        """Return one rollout, after ``show`` was called with each of its tokens as it was chosen. Not for ranks that
+        share the weights.
+        """
+        return self._generate_batch([(prompt, 0)], sampling, _Streamer(show))[0]
+
     def sleep(self) -> None:
         """Do nothing: the engine owns no memory of its own."""
 
@@ -83,7 +89,9 @@ class HFEngine:
         """Return how many batches of nobody this rank must generate after its ``own`` because others need it."""
         return round(self._comm.all_reduce(float(own), op="max")) - own if self._sharded else 0
 
-    def _generate_batch(self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+    def _generate_batch(
+        self, wanted: Sequence[tuple[Prompt, int]], sampling: SamplingParams, streamer: _Streamer | None = None
+    ) -> list[Rollout]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         actor = self._actor()
@@ -93,7 +101,10 @@ class HFEngine:
         sampler = RowSampler(seeds, sampling.temperature, sampling.top_p, actor.device)
         sharded = self._sharded
         # Ranks that share the weights could only leave together.
-        processors = [sampler] if sharded else [_leave_if_asked, sampler]
+        processors = [] if sharded else [_leave_if_asked]
+        if sampling.repetition_penalty != 1.0:
+            processors.append(RepetitionPenalty(sampling.repetition_penalty, attention_mask))
+        processors.append(sampler)
         output = actor.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -105,6 +116,7 @@ class HFEngine:
             ),
             logits_processor=LogitsProcessorList(processors),
             synced_gpus=sharded,
+            streamer=streamer,
         )
         answers = output[:, input_ids.shape[1] :].tolist()
         log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
@@ -136,10 +148,48 @@ class HFEngine:
         )
 
 
+class _Streamer:
+    """What transformers calls with the tokens of the prompt first, and then with every new one."""
+
+    def __init__(self, show: Callable[[int], None]):
+        self._show = show
+        self._begun = False
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt, or the next token ``(1,)``."""
+        if self._begun:
+            self._show(int(ids))
+        self._begun = True
+
+    def end(self) -> None:
+        """Do nothing: the answer is returned."""
+
+
 def _leave_if_asked(input_ids: Tensor, scores: Tensor) -> Tensor:
     """Raise ``Preempted`` between two tokens when the run is asked to stop and may drop the rollout."""
     signals.check()
     return scores
+
+
+class RepetitionPenalty:
+    """A logits processor that makes tokens of the prompt and of the answer so far less likely, as vLLM does.
+
+    Args:
+        penalty: divides positive scores and multiplies negative ones.
+        attention_mask: ``(rows, S)`` of the prompts, 0 on padding, which is no token that was said.
+    """
+
+    def __init__(self, penalty: float, attention_mask: Tensor):
+        self._penalty = penalty
+        self._padding = attention_mask == 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` (rows, V) with those of ``input_ids`` (rows, S + answer) penalised."""
+        said = input_ids.clone()
+        prompts = said[:, : self._padding.shape[1]]
+        prompts[self._padding] = input_ids[:, -1:].expand_as(prompts)[self._padding]
+        found = scores.gather(1, said)
+        return scores.scatter(1, said, torch.where(found < 0, found * self._penalty, found / self._penalty))
 
 
 class RowSampler:

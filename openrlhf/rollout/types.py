@@ -29,11 +29,16 @@ def sample_seed(run_seed: int, step: int, uid: str, index: int) -> int:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample: ``temperature`` 0 is greedy, ``n`` answers a prompt, ``seed`` and ``step`` fix every sample."""
+    """How to sample: ``temperature`` 0 is greedy, ``n`` answers a prompt, ``seed`` and ``step`` fix every sample.
+
+    Scores of tokens that were there before are divided by ``repetition_penalty`` where they are positive, and
+    multiplied by it elsewhere (CTRL, arXiv:1909.05858).
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    repetition_penalty: float = 1.0
     n: int = 1
     seed: int = 0
     step: int = 0

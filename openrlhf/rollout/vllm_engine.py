@@ -38,6 +38,7 @@ class VLLMEngine:
         dtype: ``"float32"`` or ``"bfloat16"``; must be the trainer's, or every log-prob differs from it.
         seed: seed of the engine; samples do not depend on it, each has its own (:func:`sample_seed`).
         max_model_len: longest prompt plus answer in tokens; None takes the model's own limit.
+        max_num_seqs: most sequences that are worked on at a time; None leaves it to vLLM.
         enable_prefix_caching: share the cache of equal prompt beginnings; emptied before every call of
             :meth:`generate`, so that no sample depends, to the last bit, on what was answered before.
         enforce_eager: do not compile and do not capture CUDA graphs. Always so on a CPU, where compiling needs a
@@ -64,6 +65,7 @@ class VLLMEngine:
         dtype: str = "bfloat16",
         seed: int = 42,
         max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
         enable_prefix_caching: bool = False,
         enforce_eager: bool = False,
         gpu_memory_utilization: float = 0.9,
@@ -86,6 +88,7 @@ class VLLMEngine:
             dtype=dtype,
             seed=seed,
             max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
             enable_prefix_caching=enable_prefix_caching,
             enforce_eager=self._eager,
             tensor_parallel_size=tensor_parallel_size,
@@ -193,6 +196,7 @@ def _vllm_sampling(sampling: SamplingParams, seed: int):
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_new_tokens,
             seed=seed,
             logprobs=0,

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from openrlhf.cli.downloads import fetched
-from openrlhf.config.arguments import parse
+from openrlhf.config.arguments import parse, to_flat_dict
+from openrlhf.config.chat import ChatConfig
+from openrlhf.config.inference import BatchInferenceConfig
 from openrlhf.config.ppo import PPOConfig
+from openrlhf.config.serve import ServeConfig
 from openrlhf.config.supervised import RewardModelConfig, SFTConfig
 from openrlhf.errors import DataError
 from tests.helpers import tiny_folder
@@ -95,6 +98,20 @@ def test_every_model_of_a_command_is_fetched(hub):
     assert found.model.reward_pretrain == f"{folder},{folder}"
     assert found.reward.prm_pretrain == folder
     assert found.prompts.prompt_data == str(hub / "datasets/lab/rows")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (BatchInferenceConfig, "--eval_task rm --pretrain lab/model --dataset lab/rows --output_path out.jsonl"),
+        (ServeConfig, "--reward_pretrain lab/model"),
+        (ChatConfig, "--pretrain lab/model"),
+    ],
+)
+def test_the_commands_beside_training_fetch_too(hub, command, words):
+    found = to_flat_dict(fetched(config(command, [*words.split(), "--use_ms"])))
+    assert str(hub / "models/lab/model") in (found.get("pretrain"), found.get("reward_pretrain"))
+    assert found.get("dataset") in (None, str(hub / "datasets/lab/rows"))
 
 
 def test_without_the_flag_nothing_is_asked_for(hub):

@@ -2,7 +2,7 @@ import pytest
 
 from openrlhf.config.ppo import PromptDataConfig
 from openrlhf.datasets.prompts import PromptDataset, preprocess_data
-from openrlhf.errors import DataError
+from openrlhf.errors import DataError, UsageError
 
 
 def config(**options):
@@ -69,3 +69,14 @@ def test_one_long_prompt_of_four_is_cut_dropped_or_refused(chatml, policy, uids)
     assert [prompt.uid for prompt in dataset] == uids
     assert max(len(prompt.token_ids) for prompt in dataset) <= 6
     assert (dataset.truncated, sum(dataset.dropped.values())) == ((1, 0) if policy == "cut" else (0, 1))
+
+
+def test_the_end_of_all_prompts_is_not_cut(chatml):
+    rows = [{"input": "1 2 3 4 5 6 7 8"}, {"input": "1 2"}]
+    long, short = PromptDataset(rows, chatml, config(), 6, end=" A")
+    assert (long.text, short.text) == ("1 2 3 4 5 6 7 8 A", "1 2 A")
+    whole, end = (chatml(text, add_special_tokens=False)["input_ids"] for text in ("1 2 3 4 5 6 7 8", " A"))
+    assert list(long.token_ids) == whole[: 6 - len(end)] + end
+    assert list(short.token_ids) == chatml("1 2 A", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UsageError, match="--prompt_max_len 1 has no room for a prompt before its end ' A'"):
+        PromptDataset(rows, chatml, config(), 1, end=" A")

@@ -5,7 +5,7 @@ from openrlhf.models.actor import Actor
 from openrlhf.models.attention import UNPADDED
 from openrlhf.models.tokenizer import load_tokenizer
 from openrlhf.rollout.engine import WEIGHTS
-from openrlhf.rollout.hf_engine import HFEngine, RowSampler, nucleus
+from openrlhf.rollout.hf_engine import HFEngine, RepetitionPenalty, RowSampler, nucleus
 from openrlhf.rollout.types import Prompt, SamplingParams, SequenceBatch
 from tests.helpers import tiny_causal_lm, tiny_tokenizer
 
@@ -179,3 +179,25 @@ def test_the_policy_may_be_given_as_a_function(actor, tokenizer):
     engine.sleep()
     engine.wake_up(WEIGHTS)
     assert engine.generate(PROMPTS[:1], SAMPLING)[0].policy_version == 7
+
+
+def test_a_repetition_penalty_is_that_of_transformers_and_padding_was_never_said(actor, tokenizer):
+    sampling = SamplingParams(max_new_tokens=12, temperature=0.0, repetition_penalty=1.4)
+    together = HFEngine(actor, tokenizer, micro_batch_size=4).generate(PROMPTS, sampling)
+    plain = HFEngine(actor, tokenizer).generate(PROMPTS, SamplingParams(max_new_tokens=12, temperature=0.0))
+    for prompt, rollout in zip(PROMPTS, together, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        with actor.generation() as model:
+            expected = model.generate(ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.4)
+        assert list(rollout.token_ids) == expected[0].tolist()
+    assert [rollout.token_ids for rollout in together] != [rollout.token_ids for rollout in plain]
+    scores = torch.tensor([[2.0, -1.0, 3.0, 4.0]])
+    penalty = RepetitionPenalty(2.0, torch.tensor([[0, 1, 1]]))
+    assert penalty(torch.tensor([[0, 1, 2]]), scores).tolist() == [[2.0, -2.0, 1.5, 4.0]]
+
+
+def test_a_streamed_answer_is_shown_token_by_token_and_is_the_same(engine):
+    shown = []
+    rollout = engine.stream(PROMPTS[0], SAMPLING, shown.append)
+    assert rollout == engine.generate(PROMPTS[:1], SAMPLING)[0]
+    assert shown == list(rollout.response_ids)
