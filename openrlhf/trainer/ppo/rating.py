@@ -161,7 +161,7 @@ class Rater:
         """Return what each kind of source gives ``(N,)``, times its weight, by a name."""
         weights, _ = self.config.reward_weights
         columns = {
-            name: weight * joined(shards, group.get(futures)).double()
+            name.replace("reward", "reward_model"): weight * joined(shards, group.get(futures)).double()
             for name, weight, (group, futures) in zip(self.config.model.reward_names, weights, models, strict=True)
         }
         if function is not None:
