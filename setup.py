@@ -42,6 +42,7 @@ setup(
         "ring": ["ring-flash-attn>=0.1.4"],
         "liger": ["liger-kernel>=0.5"],
         "math": ["math-verify>=0.9"],
+        "docs": ["latex2mathml>=3.77", "mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "dev": ["build", "math-verify>=0.9", "pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5"],
     },
     classifiers=[

@@ -25,6 +25,7 @@ CONFIGS = {
     "train_ppo": "openrlhf.config.ppo:PPOConfig",
     "train_ppo_ray": "openrlhf.config.ppo_ray:RayPPOConfig",
     "serve_rm": "openrlhf.config.serve:ServeConfig",
+    "batch_inference": "openrlhf.config.inference:BatchInferenceConfig",
 }
 """Where the flags of each command are."""
 FLAT, DOTTED = "flat", "dotted"

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file in the reader's light or dark colours, without scripts, files or network."""
+"""The page of a report: one HTML file in the reader's light or dark colours, without other files or network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from openrlhf.trainer.report_browser import BROWSER_CSS, browser, content_policy
 from openrlhf.trainer.report_series import Headline
 
 MOST_PAIRS = 24
-MOST_OTHERS = 24
 
 CSS = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #23272f; --soft: #68707e; --line: #e1e4ea;
@@ -63,13 +63,14 @@ def render(
         f"<h1>{escape(title)}</h1>",
         f'<div class="tiles">{"".join(map(_tile, headlines))}</div>' if headlines else "",
         _section("Curves", f'<div class="curves">{charts}</div>' if charts else "", "No metrics were recorded."),
-        _section("Samples", _samples(samples), "No samples were recorded."),
+        _section("Before and after", pairs, "") if (pairs := _pairs(samples)) else "",
+        _section("Rollouts", browser(samples), "No samples were recorded."),
         _section(
             "Configuration", f'<div class="card settings">{settings}</div>' if settings else "", "No configuration."
         ),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head = f"<head>{head}<style>{CSS}</style></head>"
+    head = f'<meta charset="utf-8">{content_policy()}<meta name="viewport" content="width=device-width">'
+    head = f"<head>{head}<title>{escape(title)}</title><style>{CSS}{BROWSER_CSS}</style></head>"
     return f'<!doctype html>\n<html lang="en">{head}<body>{"".join(body)}</body></html>\n'
 
 
@@ -85,23 +86,19 @@ def _tile(headline: Headline) -> str:
     return f'<div class="card">{name}<b>{values}</b><span class="soft">{note}</span></div>'
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return prompts with their answers before and after training, then the last samples seen in between."""
+def _pairs(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return prompts with their answers before and after training."""
     by_prompt: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for sample in samples:
         if sample.get("when") in ("before", "after"):
             by_prompt[str(sample.get("prompt", ""))].setdefault(str(sample["when"]), sample)
-    pairs = [_card(prompt, answers) for prompt, answers in list(by_prompt.items())[:MOST_PAIRS]]
-    others = [sample for sample in samples if sample.get("when") not in ("before", "after")][-MOST_OTHERS:]
-    cards = [_card(str(sample.get("prompt", "")), {f"step {sample.get('step', '?')}": sample}) for sample in others]
-    fold = f"<details><summary>The last {len(cards)} samples of training</summary>{''.join(cards)}</details>"
-    return "".join(pairs) + (fold if cards else "")
+    cards = "".join(_card(prompt, answers) for prompt, answers in list(by_prompt.items())[:MOST_PAIRS])
+    return f"<details><summary>Answers before and after training</summary>{cards}</details>" if cards else ""
 
 
 def _card(prompt: str, answers: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one prompt with its answers side by side; a missing half of a pair is said to be missing."""
-    titles = ("before", "after") if answers.keys() & {"before", "after"} else tuple(answers)
-    columns = "".join(f"<div><h3>{escape(title)}</h3>{_answer(answers.get(title))}</div>" for title in titles)
+    columns = "".join(f"<div><h3>{title}</h3>{_answer(answers.get(title))}</div>" for title in ("before", "after"))
     label = next((str(sample["label"]) for sample in answers.values() if sample.get("label") not in (None, "")), "")
     expected = f'<p class="soft">expected: {escape(label)}</p>' if label else ""
     return f'<div class="card sample"><pre>{escape(prompt)}</pre>{expected}<div class="pair">{columns}</div></div>'

@@ -62,10 +62,13 @@ def alone(material, tmp_path_factory) -> Path:
     return folder
 
 
-def samples(folder: Path) -> list[dict]:
-    """Return the lines of ``samples.jsonl``, without the scores."""
+def samples(folder: Path) -> list[tuple[dict, list[str]]]:
+    """Return the lines of ``samples.jsonl``, without the scores and the figures of tokens."""
     lines = [json.loads(line) for line in (folder / "model_run" / "samples.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "reward"} for line in lines]
+    words = [line.pop("tokens")["text"] for line in lines]
+    scores = ("reward", "parts")
+    exact = [{name: value for name, value in line.items() if name not in scores} for line in lines]
+    return list(zip(exact, words, strict=True))
 
 
 def assert_same_run(folder: Path, other: Path, within: float) -> None:

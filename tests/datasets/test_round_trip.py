@@ -8,7 +8,7 @@ from openrlhf.config.ppo import PromptDataConfig
 from openrlhf.datasets.blending import load_mixture
 from openrlhf.datasets.prompts import PromptDataset
 from openrlhf.rollout.types import Rollout
-from openrlhf.trainer.ppo.evaluation import SampleLog
+from openrlhf.trainer.ppo.sample_log import SampleLog, Scored
 
 TEXTS = [
     "plain",
@@ -46,6 +46,6 @@ def test_texts_of_every_kind_come_through_file_tokens_and_samples_unchanged(chat
         assert [prompt.text for prompt in prompts] == TEXTS
         assert [chatml.decode(prompt.token_ids) for prompt in prompts] == TEXTS
     rollouts = [Rollout(p, p.token_ids, ((0, 1),), (0.0,), "stop", 0, 0) for p in prompts]
-    SampleLog(tmp_path / "samples.jsonl", chatml).write("train", 1, rollouts, [0.0] * 20, None, 20, 1.0)
+    SampleLog(tmp_path / "samples.jsonl", chatml).write("train", 1, Scored(rollouts, [0.0] * 20, samples=20))
     written = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line)["prompt"] for line in written] == TEXTS

@@ -51,11 +51,12 @@ def a_run(folder, steps=50):
 class Tags(HTMLParser):
     """Collects the tags, attributes and text of a page and checks that every tag is closed."""
 
-    VOID = {"meta", "br", "path", "use"}
+    VOID = {"meta", "br", "path", "use", "input"}
 
     def __init__(self, page):
         super().__init__()
         self.open, self.seen, self.links, self.text = [], [], [], ""
+        self.samples = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -74,7 +75,10 @@ class Tags(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] != ["script"]:
+            self.text += data
+        elif data.startswith("["):
+            self.samples = json.loads(data)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,8 @@ def page(run_folder):
 
 def test_the_page_is_well_formed_and_needs_nothing_outside_itself(page):
     assert page.open == []
-    assert not {"script", "link", "img", "iframe"} & set(page.seen)
+    assert not {"link", "img", "iframe"} & set(page.seen)
+    assert page.seen.count("script") == 2
     assert all(link.startswith("#") for link in page.links)
 
 
@@ -100,12 +105,14 @@ def test_the_page_has_one_drawing_for_each_group_of_numbers(page):
 
 
 def test_text_of_models_is_shown_and_never_run(page):
-    for text in ("before <b>", "after & 4", "</pre><script>alert(1)</script>", "<tiny>", "zero.stage", "expected: 4"):
+    for text in ("before <b>", "after & 4", "<tiny>", "zero.stage", "expected: 4"):
         assert text in page.text
+    assert "</pre><script>alert(1)</script>" in [sample["response"] for sample in page.samples]
 
 
 def test_before_stands_beside_after(page):
-    assert page.text.index("before <b>") < page.text.index("after & 4") < page.text.index("in between")
+    assert page.text.index("before <b>") < page.text.index("after & 4")
+    assert [sample["when"] for sample in page.samples] == ["before", "after", "train"]
 
 
 def test_the_page_begins_with_where_numbers_began_and_ended(page):
@@ -138,7 +145,7 @@ def test_a_single_step_strange_names_and_broken_files_are_drawn_without_complain
     (tmp_path / "samples.jsonl").write_text('[1, 2]\n{"response": "\u2028kept"}\nbroken')
     page = Tags(write_report(tmp_path).read_text(encoding="utf-8"))
     assert page.seen.count("svg") == 3
-    assert "kept" in page.text
+    assert [sample["response"] for sample in page.samples] == ["\u2028kept"]
 
 
 def test_a_missing_folder_is_an_error(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,40 @@ def make_experience(
         advantages, returns = gae(values, rewards, mask, algorithm.discount, algorithm.lambd)
     return Experience(**vars(batch), log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl, scores=scores,
                       values=values, advantages=advantages, returns=returns)  # fmt: skip
+
+
+def token_columns(
+    experience: Experience,
+    starts: Mapping[int, int],
+    most: int,
+    *,
+    whiten: tuple[float, float] | None,
+    reference: bool,
+) -> dict[int, dict[str, list[float]]]:
+    """Return of some samples what was learned from their tokens: lists by name, one figure a token, 0 off the actions.
+
+    Args:
+        experience: of a shard; samples that it has not are left out.
+        starts: by the number of a sample, its first token to look at.
+        most: tokens of a sample to look at.
+        whiten: mean and 1 / standard deviation that the advantages are taken with.
+        reference: whether there is a reference.
+    """
+    mean, scale = whiten or (0.0, 1.0)
+    columns = {"log_prob": experience.log_probs, "advantage": (experience.advantages - mean) * scale}
+    if reference:
+        columns["ref_log_prob"] = experience.ref_log_probs
+    found = {}
+    for row, sample in enumerate(experience.sample.tolist()):
+        if sample not in starts:
+            continue
+        end = int(experience.attention_mask[row].sum())
+        span = slice(starts[sample] - 1, min(end, starts[sample] + most) - 1)
+        mask = experience.action_mask[row, span]
+        found[sample] = {
+            name: torch.where(mask, values[row, span].float(), 0.0).tolist() for name, values in columns.items()
+        }
+    return found
 
 
 SUMS = ("actions", "kl", "log_probs", "advantages", "squared_advantages", "returns", "squared_returns", "sync_gap")

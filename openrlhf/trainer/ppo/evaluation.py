@@ -1,14 +1,8 @@
-"""What a person reads besides curves: figures on held-out prompts, and sampled answers before, during and after."""
+"""Figures on held-out prompts, before, during and after training."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -17,75 +11,8 @@ from openrlhf.config.ppo_rollout import NO_BEST
 from openrlhf.errors import UsageError
 from openrlhf.rollout.engine import RolloutEngine
 from openrlhf.rollout.types import Prompt, Rollout, SamplingParams
-from openrlhf.trainer.loggers import rewind
 from openrlhf.trainer.ppo.rating import Rater
-
-LOG = logging.getLogger(__name__)
-SHOWN = 16
-"""Answers kept of one evaluation temperature."""
-SHOWN_IN_TRAINING = 4
-"""Rollouts kept of one training step."""
-
-
-@dataclass
-class SampleLog:
-    """``samples.jsonl``: one sampled answer a line, with ``when`` ("before", "after" or "train") and its scores.
-
-    Without a ``path``, on all ranks but one, nothing is written.
-    """
-
-    path: Path | None
-    tokenizer: Any
-    failures: int = 0
-
-    def start(self, step: int) -> None:
-        """Begin anew at step 0; else keep what was written up to ``step``, not what was interrupted after it."""
-        if self.path is None:
-            return
-        with self._guarded():
-            rewind(self.path, step)
-
-    def write(
-        self,
-        when: str,
-        step: int,
-        rollouts: Sequence[Rollout],
-        scores: Sequence[float],
-        true_scores: Sequence[float] | None,
-        count: int,
-        temperature: float,
-    ) -> None:
-        """Append ``count`` of the rollouts, spread evenly over them. A disk that refuses is said, never raised."""
-        if self.path is None:
-            return
-        count = min(count, len(rollouts))
-        lines = []
-        for index in (len(rollouts) * number // count for number in range(count)):
-            rollout = rollouts[index]
-            line = {
-                "when": when,
-                "step": step,
-                "temperature": temperature,
-                "uid": rollout.prompt.uid,
-                "prompt": rollout.prompt.text,
-                "response": self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True),
-                "finish_reason": rollout.finish_reason,
-                "reward": scores[index],
-                "label": rollout.prompt.label,
-                "true_score": true_scores[index] if true_scores is not None else None,
-            }
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        with self._guarded(), self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failures += 1
-            if self.failures == 1:
-                LOG.warning("%s cannot be written (%s); training goes on", self.path, error)
+from openrlhf.trainer.ppo.sample_log import SampleLog, Scored
 
 
 def pair_accuracy(scores: Sequence[float], true_scores: Sequence[float]) -> float | None:
@@ -146,7 +73,7 @@ class Evaluator:
         self.samples = samples
 
     def evaluate(self, step: int, when: str) -> dict[str, float]:
-        """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep answers "before" and "after".
+        """Return ``reward_t1``, ``true_score_t1``, ... for each temperature; keep some answers if ``when`` says so.
 
         The engine, awake with the weights to look at, has answered everything before a model scores, and sleeps then.
 
@@ -177,13 +104,13 @@ class Evaluator:
                 values[f"true_score_{name}"] = sum(true_scores) / rows
                 agreement = pair_accuracy(scores, true_scores)
                 values |= {} if agreement is None else {f"reward_auc_{name}": agreement}
-            answers.append((rollouts, scores, true_scores, SHOWN, temperature))
+            answers.append(Scored(rollouts, scores, true_scores, rated.all_parts, temperature, samples))
         wanted = settings.best_metric_key
         if wanted not in ("", NO_BEST, *values):
             raise UsageError(f"--best_metric_key {wanted}: the evaluation gives {', '.join(values)}; name one of them")
         # Only now: an evaluation that is broken off and repeated leaves nothing behind.
-        for shown in answers if when in ("before", "after") else ():
-            self.samples.write(when, step, *shown)
+        for scored in answers if when else ():
+            self.samples.write(when, step, scored)
         return values
 
     def _sampling(self, temperature: float) -> SamplingParams:

@@ -30,6 +30,7 @@ class Experiences:
         rollouts: what they were made of.
         scores: one a rollout, as the reward sources gave it.
         true_scores: one a rollout of ``--eval_reward_func``, which nothing learns from; None without it.
+        parts: what the scores were added up from, and what reward functions gave beside; by name, one a rollout.
         metrics: means to log.
     """
 
@@ -40,6 +41,7 @@ class Experiences:
     rollouts: list[Rollout]
     scores: list[float]
     true_scores: list[float] | None
+    parts: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -108,6 +110,7 @@ class ExperienceMaker:
             rollouts=rollouts,
             scores=scores.tolist(),
             true_scores=true_scores,
+            parts=rated.all_parts,
         )
         of_scores = self._of_scores(rated, clipped, shaped, statistics)
         return replace(made, metrics=_of_functions(rated, true_scores) | self._metrics(made, statistics) | of_scores)

@@ -27,10 +27,11 @@ from openrlhf.trainer.continuity import check_position
 from openrlhf.trainer.ppo.checks import name_prompts
 from openrlhf.trainer.ppo.clock import PhaseClock
 from openrlhf.trainer.ppo.collecting import Collected, Collector
-from openrlhf.trainer.ppo.evaluation import SHOWN_IN_TRAINING, Evaluator
+from openrlhf.trainer.ppo.evaluation import Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker, Experiences
 from openrlhf.trainer.ppo.prompt_stream import PromptStream
 from openrlhf.trainer.ppo.roles import Roles
+from openrlhf.trainer.ppo.sample_log import Scored, is_kept
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker
 
 OF_EACH_ROLE = ("lr", "grad_norm", "skipped_steps", "aux_loss")
@@ -239,7 +240,7 @@ class PPOLoop:
 
     def evaluate(self) -> dict[str, float]:
         """Return the figures on the evaluation prompts, and tell the callbacks unless they know those of this step."""
-        when = {0: "before", self.max_steps: "after"}.get(self.global_step, "during")
+        when = self._when()
         self.evaluating = True
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
             self.collector.serve(self.global_step)
@@ -317,12 +318,23 @@ class PPOLoop:
         )
 
     def _keep_samples(self, made: Experiences) -> None:
-        self.evaluator.samples.write(
-            "train",
-            self.global_step,
-            made.rollouts,
-            made.scores,
-            made.true_scores,
-            SHOWN_IN_TRAINING,
-            self.config.rollout.temperature,
+        """Write some of the answers that were learned from, with the figures of their tokens."""
+        if not is_kept(self.global_step, self.max_steps):
+            return
+        rollout = self.config.rollout
+        scored = Scored(
+            made.rollouts, made.scores, made.true_scores, made.parts, rollout.temperature, rollout.n_samples_per_prompt
         )
+        starts = {sample: len(made.rollouts[sample].prompt.token_ids) for sample in scored.shown}
+        policy, most = self.roles.policy, scored.most_tokens
+        asked = policy.run(PolicyWorker.token_columns, made.shards, starts=starts, most=most, whiten=made.whiten)
+        learned = {sample: columns for found in policy.get(asked) for sample, columns in found.items()}
+        self.evaluator.samples.write("train", self.global_step, scored, learned)
+
+    def _when(self) -> str:
+        """Return what the answers of an evaluation are kept as; nothing where they are not kept."""
+        step, total = self.global_step, self.max_steps
+        if step in (0, total):
+            return "before" if step == 0 else "after"
+        every = self.config.logging.eval_steps if self.config.logging.eval_steps > 0 else self.steps_per_epoch
+        return "during" if self.evaluated_at != step and is_kept(step // every, total // every) else ""

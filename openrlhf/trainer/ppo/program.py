@@ -21,7 +21,7 @@ from openrlhf.trainer.alarms import PPO_ALARMS, Alarms
 from openrlhf.trainer.callbacks import Callback, Evaluation, MetricLogging, ProgressLine
 from openrlhf.trainer.loggers import JsonlLogger, build_loggers
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
-from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
+from openrlhf.trainer.ppo.evaluation import Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.groups import LocalGroup
 from openrlhf.trainer.ppo.ledger import Ledger
@@ -29,6 +29,7 @@ from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.process import ProcessRewardWorker, step_tokens
 from openrlhf.trainer.ppo.rating import Rater
 from openrlhf.trainer.ppo.roles import Roles
+from openrlhf.trainer.ppo.sample_log import SampleLog
 from openrlhf.trainer.ppo.texts import load_texts
 from openrlhf.trainer.ppo.worker_base import Worker
 from openrlhf.trainer.ppo.workers import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker

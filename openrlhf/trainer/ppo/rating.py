@@ -32,12 +32,19 @@ class Rated:
         scores: ``(N,)`` the sum of all sources, rewards of steps included.
         extra: further numbers of a reward function by name, one a rollout.
         steps: what a process reward model gives to the steps of each rollout; None without one.
+        parts: what the scores are the sum of, by the kind of source, one a rollout.
     """
 
     rollouts: list[Rollout]
     scores: Tensor
     extra: dict[str, list[float]] = field(default_factory=dict)
     steps: Steps | None = None
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def all_parts(self) -> dict[str, list[float]]:
+        """The parts of the scores where there are several, and the further numbers of a reward function."""
+        return {**(self.parts if len(self.parts) > 1 else {}), **self.extra}
 
     @property
     def of_steps(self) -> Tensor:
@@ -51,17 +58,21 @@ class Rated:
 
     def select(self, rows: Sequence[int]) -> Rated:
         """Return the given rows."""
-        extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
+        extra, parts = (
+            {name: [values[row] for row in rows] for name, values in columns.items()}
+            for columns in (self.extra, self.parts)
+        )
         steps = None if self.steps is None else [self.steps[row] for row in rows]
-        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra, steps)
+        return Rated([self.rollouts[row] for row in rows], self.scores[list(rows)], extra, steps, parts)
 
     @classmethod
     def join(cls, parts: Sequence[Rated]) -> Rated:
         """Return the rows of all parts. Raises DataError when a further number is in some of them only."""
-        extra = join_extra([part.extra for part in parts], "the reward sources")
         steps = None if parts[0].steps is None else [row for part in parts for row in part.steps]
         rollouts, scores = [r for part in parts for r in part.rollouts], torch.cat([part.scores for part in parts])
-        return cls(rollouts, scores, extra, steps)
+        extra = join_extra([part.extra for part in parts], "the reward sources")
+        summands = join_extra([part.parts for part in parts], "the reward sources")
+        return cls(rollouts, scores, extra, steps, summands)
 
 
 class Rater:
@@ -97,8 +108,10 @@ class Rater:
         judged = process.map(ProcessRewardWorker.score, shards) if process else []
         function = self._ask(self.reward_function, rollouts)
         steps = rows_joined(shards, process.get(judged)) if process else None
-        scores = self._add_up(rollouts, shards, models, function, steps)
-        return Rated(rollouts, scores, function.extra if function else {}, steps)
+        columns = self._columns(shards, models, function, steps)
+        scores = _add_up(rollouts, columns)
+        parts = {name: values.tolist() for name, values in columns.items()}
+        return Rated(rollouts, scores, function.extra if function else {}, steps, parts)
 
     def true_scores(self, rollouts: list[Rollout]) -> list[float] | None:
         """Return what ``--eval_reward_func`` says of ``rollouts``, or None without it."""
@@ -133,32 +146,35 @@ class Rater:
         with self.roles.watched():
             return function.score(queries, texts, [p.label for p in prompts], [p.uid for p in prompts])
 
-    def _add_up(
+    def _columns(
         self,
-        rollouts: list[Rollout],
         shards: list[SequenceBatch],
         models: list[tuple[WorkerGroup, list[Any]]],
         function: RewardResult | None,
         steps: Steps | None,
-    ) -> Tensor:
-        """Return the weighted sum of all reward sources ``(N,)``.
-
-        Raises:
-            NumericError: names the prompts without a number.
-        """
+    ) -> dict[str, Tensor]:
+        """Return what each kind of source gives ``(N,)``, times its weight, by a name."""
         weights, _ = self.config.reward_weights
-        columns = [
-            weight * joined(shards, group.get(futures)).double()
-            for weight, (group, futures) in zip(weights, models, strict=True)
-        ]
+        columns = {
+            name.replace("reward", "reward_model"): weight * joined(shards, group.get(futures)).double()
+            for name, weight, (group, futures) in zip(self.config.model.reward_names, weights, models, strict=True)
+        }
         if function is not None:
-            columns.append(torch.tensor(function.rewards, dtype=torch.float64))
+            columns["function"] = torch.tensor(function.rewards, dtype=torch.float64)
         if steps is not None:
-            columns.append(sums_of(steps))
-        scores = torch.stack(columns).sum(dim=0)
-        scores = scores.float()
-        wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
-        if wrong:
-            who = name_prompts(rollouts, wrong)
-            raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
-        return scores
+            columns["steps"] = sums_of(steps)
+        return columns
+
+
+def _add_up(rollouts: list[Rollout], columns: dict[str, Tensor]) -> Tensor:
+    """Return the sum of all sources ``(N,)``.
+
+    Raises:
+        NumericError: names the prompts without a number.
+    """
+    scores = torch.stack([*columns.values()]).sum(dim=0).float()
+    wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if wrong:
+        who = name_prompts(rollouts, wrong)
+        raise NumericError(f"the rewards of {len(wrong)} answers are not finite; they answer {who}", wrong)
+    return scores

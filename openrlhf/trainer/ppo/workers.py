@@ -28,6 +28,7 @@ from openrlhf.trainer.ppo.assembly import (
     experience_statistics,
     make_experience,
     scoring_temperature,
+    token_columns,
 )
 from openrlhf.trainer.ppo.average import WeightAverage
 from openrlhf.trainer.ppo.models import load_actor, load_critic, load_reward_model
@@ -107,6 +108,21 @@ class PolicyWorker(TrainedWorker):
     def statistics(self, experiences: list[Experience]) -> dict[str, float]:
         """Return sums over the actions of this rank, for the driver to add up."""
         return add_statistics([experience_statistics(experience) for experience in experiences if len(experience)])
+
+    def token_columns(
+        self,
+        experiences: list[Experience],
+        *,
+        starts: dict[int, int],
+        most: int,
+        whiten: tuple[float, float] | None,
+    ) -> dict[int, dict[str, list[float]]]:
+        """Return figures of the tokens of those samples that this rank has, for people to read."""
+        found: dict[int, dict[str, list[float]]] = {}
+        for experience in experiences:
+            needs = self.config.algorithm.needs_reference
+            found |= token_columns(experience, starts, most, whiten=whiten, reference=needs)
+        return found
 
     @property
     def reduction(self) -> str:

@@ -18,13 +18,14 @@ from openrlhf.strategy.comm import SoloComm
 from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 from openrlhf.trainer.callbacks import Callback, Evaluation
 from openrlhf.trainer.ppo.checkpoints import PPOCheckpointing, checkpoint_layout
-from openrlhf.trainer.ppo.evaluation import Evaluator, SampleLog
+from openrlhf.trainer.ppo.evaluation import Evaluator
 from openrlhf.trainer.ppo.experience import ExperienceMaker
 from openrlhf.trainer.ppo.loop import PPOLoop
 from openrlhf.trainer.ppo.policy_engine import PolicyEngine
 from openrlhf.trainer.ppo.program import local_roles as make_roles
 from openrlhf.trainer.ppo.rating import Rater
 from openrlhf.trainer.ppo.roles import Roles
+from openrlhf.trainer.ppo.sample_log import SampleLog
 from tests.helpers import tiny_folder, tiny_tokenizer
 
 COUNT_E = (

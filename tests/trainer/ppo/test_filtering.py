@@ -152,7 +152,9 @@ def test_where_the_rest_of_an_episode_is_left_out_its_evaluation_is_told_once(tm
     assert (loop.global_step, loop.stream.left) == (8, 0)
     assert [step for step, _ in recorder.evaluations] == told
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [line["when"] for line in lines if line["when"] != "train"] == ["before"] * 2 + ["after"] * 2
+    kept = [(line["when"], line["step"]) for line in lines if line["when"] != "train"]
+    assert [one for one in kept if one[0] != "during"] == [("before", 0)] * 2 + [("after", 8)] * 2
+    assert {step for when, step in kept if when == "during"} >= set(told) - {0, 8}
 
 
 def test_a_resumed_run_does_not_tell_an_evaluation_again(tmp_path):

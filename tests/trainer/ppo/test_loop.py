@@ -123,7 +123,7 @@ def test_evaluation_before_and_after_leaves_figures_and_samples(tmp_path):
     assert [step for step, _ in recorder.evaluations] == [0, 2]
     assert {"true_score_t1", "true_score_t0", "reward_t1", "reward_t0"} <= set(recorder.evaluations[0][1])
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [line["when"] for line in lines] == ["before"] * 6 + ["train"] * 8 + ["after"] * 6
+    assert [line["when"] for line in lines] == ["before"] * 6 + ["train"] * 16 + ["after"] * 6
     before, after = ([line["prompt"] for line in lines if line["when"] == when] for when in ("before", "after"))
     assert before == after
     assert all(line["true_score"] == line["reward"] for line in lines)
@@ -162,7 +162,7 @@ def test_a_resumed_run_repeats_what_was_cut_off(tmp_path, estimator, flags):
     for name, weight in policy_weights(whole).items():
         assert torch.equal(weight, policy_weights(loop)[name])
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    assert [line["step"] for line in lines] == [step for step in (1, 2, 3, 4) for _ in range(16)]
 
 
 class AskingEngine:
