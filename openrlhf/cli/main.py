@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("interactive_chat", "talk to a model"),
     "merge": ("lora_combiner", "an adapter merged into its base model"),
     "report": ("report", "the report of a run folder"),
+    "migrate": ("migrate", "a script in the other spelling of its flags, or a TRL configuration as a command"),
 }
 """What a person calls each module, and a line about it."""
 

@@ -12,6 +12,7 @@ from openrlhf.config.flag_status import NO_EFFECT_HERE, NOT_YET, missing_package
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import DeepSpeedConfig
 from openrlhf.config.help import print_help
+from openrlhf.config.inference import BatchInferenceConfig
 from openrlhf.config.ppo import RolloutConfig
 from openrlhf.config.ppo_ray import PlacementConfig, RayPPOConfig
 from openrlhf.config.supervised import DPOConfig, KDConfig, KTOConfig, PRMConfig, RewardModelConfig, SFTConfig
@@ -23,7 +24,11 @@ PPO = ["--pretrain", "model", "--prompt_data", "rows.jsonl", "--reward_pretrain"
 ASKED = {}
 
 
-COMMANDS = (SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig, RayPPOConfig)
+COMMANDS = (
+    *(SFTConfig, RewardModelConfig, DPOConfig, KTOConfig, KDConfig, PRMConfig),
+    RayPPOConfig,
+    BatchInferenceConfig,
+)
 
 
 def test_every_listed_flag_exists():
