@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from openrlhf.config.checks import ring_problems
-from openrlhf.config.flag_status import missing_packages, no_effect_notices, not_yet_problems
+from openrlhf.config.flag_status import missing_packages, no_effect_notices
 from openrlhf.config.flags import flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
@@ -46,8 +46,7 @@ def parse(config_class: Any, argv: list[str], prog: str, also: Problems | None =
     values = {name: entry.default for name, entry in table.items()} | given
     notices = _resolve(values, config_class.run_prefix)
     config = with_values(config_class(), values)
-    defaults = {name: entry.default for name, entry in table.items()}
-    found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults)
+    found = _ask(config, "problems") + (also(config) if also else [])
     found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:
