@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from openrlhf.config.checks import ring_problems
-from openrlhf.config.flag_status import missing_packages, no_effect_notices, not_yet_problems
+from openrlhf.config.flag_status import missing_packages, no_effect_notices
 from openrlhf.config.flags import Flag, flag_table
 from openrlhf.config.groups import run_folder
 from openrlhf.config.help import print_help
@@ -90,11 +90,10 @@ def _flag_words(table: Mapping[str, Flag], values: Mapping[str, Any]) -> dict[st
 
 def _settled(config: Any, given: dict[str, Any], reader: Reader, also: Problems | None, dry_run: bool = False) -> Any:
     """Return ``config`` with the values ``given`` and those that follow from them, unless something is wrong."""
-    defaults = {name: entry.default for name, entry in reader.table.items()}
-    values = defaults | given
+    values = {name: entry.default for name, entry in reader.table.items()} | given
     notices = _resolve(values, config.run_prefix)
     config = with_values(config, values)
-    found = _ask(config, "problems") + (also(config) if also else []) + not_yet_problems(values, defaults)
+    found = _ask(config, "problems") + (also(config) if also else [])
     found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
     problems = reader.problems + [problem for problem in found if not reader.explains(problem)]
     if problems:

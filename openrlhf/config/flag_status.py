@@ -1,39 +1,17 @@
-"""The flags that do not do everything yet: two tables, shown in ``--help`` and checked when a flag is set.
+"""When a flag does nothing, and which packages flags need: tables, shown in ``--help`` and checked when one is set.
 
-A flag that stands in neither table works. NOT_YET flags are errors when set to something that would need them;
-NO_EFFECT_HERE flags are accepted and explained in one printed line.
+NO_EFFECT_HERE flags are accepted and explained in one printed line; a missing package is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from openrlhf.config.algorithms import ESTIMATORS, PAIR_LOSSES, POLICY_LOSSES
 from openrlhf.device import gpu_present
-
-
-@dataclass(frozen=True)
-class NotYet:
-    """What a flag cannot do yet.
-
-    Attributes:
-        why: one sentence for the user.
-        asks: whether a value asks for it; by default every value but the default does.
-        beside: a flag that tells which commands are meant: those that have it; by default all.
-    """
-
-    why: str
-    asks: Callable[[Any], bool] | None = None
-    beside: str | None = None
-
-    def concerns(self, flags: Collection[str]) -> bool:
-        return self.beside is None or self.beside in flags
-
-    def asked(self, value: Any, default: Any) -> bool:
-        return self.asks(value) if self.asks else value != default
 
 
 @dataclass(frozen=True)
@@ -96,8 +74,6 @@ def _of_pair_losses(name: str) -> NoEffect:
     readers = [loss for loss, facts in PAIR_LOSSES.items() if name in facts.flags]
     return NoEffect(f"it needs --loss {' or '.join(readers)}", lambda values, gpu: values["loss"] not in readers)
 
-
-NOT_YET = {}
 
 _NO_COPY = NoEffect(
     "with --lora_rank the reference is the policy without its adapter", lambda values, gpu: values["lora_rank"] > 0
@@ -264,10 +240,8 @@ NEEDED_BY = {
 }
 
 
-def status(name: str, flags: Collection[str]) -> str:
-    """Return the status of a flag for the ``--help`` of a command with these ``flags``: empty when it simply works."""
-    if name in NOT_YET and NOT_YET[name].concerns(flags):
-        return f"Not yet: {NOT_YET[name].why}."
+def status(name: str) -> str:
+    """Return the status of a flag for ``--help``: empty when it simply works."""
     if name in NO_EFFECT_HERE:
         return f"May have no effect: {NO_EFFECT_HERE[name].why}."
     return ""
@@ -285,15 +259,6 @@ def missing_packages(values: dict[str, Any]) -> list[str]:
         f"the package {module} is not installed: pip install openrlhf"
         for module in needed
         if find_spec(module) is None
-    ]
-
-
-def not_yet_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Return one problem for each flag that asks for something not built yet."""
-    return [
-        f"--{name}: {entry.why}"
-        for name, entry in NOT_YET.items()
-        if name in values and entry.concerns(values) and entry.asked(values[name], defaults[name])
     ]
 
 

@@ -1,13 +1,11 @@
-"""The help of a command, printed by tyro: flags by group with defaults, choices and what does not work yet."""
+"""The help of a command, printed by tyro: flags by group with defaults, choices and when they do nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import Annotated, Any, get_args, get_type_hints
 
 from openrlhf.config.flag_status import status
-from openrlhf.config.flags import flag_table
 
 COMMAND_FLAGS = (
     ("config", str | None, None, "YAML file with flags of this command; the command line wins."),
@@ -21,15 +19,15 @@ def print_help(config_class: type, prog: str) -> None:
 
     markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     try:
-        view = _view(config_class(), flag_table(config_class), top=True)
+        view = _view(config_class(), top=True)
         tyro.cli(view, prog=prog, args=["--help"], use_underscores=True, config=markers)
     except SystemExit as stop:
         if stop.code:
             raise
 
 
-def _view(config: Any, flags: Collection[str], top: bool = False) -> type:
-    """Return a copy of the class of ``config`` whose help texts also say choices and status among ``flags``."""
+def _view(config: Any, top: bool = False) -> type:
+    """Return a copy of the class of ``config`` whose help texts also say choices and status."""
     import tyro
 
     hints = get_type_hints(type(config))
@@ -37,10 +35,10 @@ def _view(config: Any, flags: Collection[str], top: bool = False) -> type:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            group = _view(value, flags)
+            group = _view(value)
             rows.append((item.name, group, dataclasses.field(default_factory=group)))
         else:
-            note = tyro.conf.arg(help=_text(item, flags), metavar=_metavar(hints[item.name]))
+            note = tyro.conf.arg(help=_text(item), metavar=_metavar(hints[item.name]))
             rows.append((item.name, Annotated[hints[item.name], note], value))
     if top:
         for name, kind, value, text in COMMAND_FLAGS:
@@ -56,8 +54,8 @@ def _metavar(hint: Any) -> str | None:
     return members[0].__name__.upper() if type(None) in get_args(hint) else None
 
 
-def _text(item: dataclasses.Field, flags: Collection[str]) -> str:
+def _text(item: dataclasses.Field) -> str:
     choices = item.metadata["choices"]
     listed = f"One of {', '.join(map(str, choices))}." if choices else ""
-    parts = [item.metadata["help"], listed, status(item.name, flags)]
+    parts = [item.metadata["help"], listed, status(item.name)]
     return " ".join(part for part in parts if part)

@@ -45,18 +45,7 @@ class RewardFunction:
         labels: Sequence[str] | None = None,
         uids: Sequence[str] | None = None,
     ) -> RewardResult:
-        """Return the checked rewards.
-
-        Args:
-            queries: prompt and answer as text, special tokens included.
-            prompts: the prompt's part of each query.
-            labels: reference answers; ``""`` each when there are none.
-            uids: names of the queries for messages; their positions when not given.
-
-        Raises:
-            DataError: the function raised, or gave the wrong number or type of rewards.
-            NumericError: a reward is not finite.
-        """
+        """Return the rewards as :meth:`~openrlhf.rollout.reward_result.RewardSource.score` describes."""
         labels = [""] * len(queries) if labels is None else list(labels)
         names = names_of(len(queries), uids)
         columns = (list(queries), list(prompts), labels)

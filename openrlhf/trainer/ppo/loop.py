@@ -256,7 +256,6 @@ class PPOLoop:
         return {
             "global_step": self.global_step,
             "prompts_taken": self.stream.position,
-            "policy_version": self.global_step,
             "evaluating": self.evaluating,
             "evaluated_at": self.evaluated_at,
             "kl_controller": self.maker.kl_controller.state_dict(),
@@ -271,16 +270,11 @@ class PPOLoop:
         """
         check_position(state["data"], self._data_facts(), "--prompt_data", allow_change)
         self.global_step = int(state["global_step"])
-        self.stream.position = int(state.get("prompts_taken", self._prompts_of(self.global_step)))
+        self.stream.position = int(state["prompts_taken"])
         self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
         self.evaluated_at = state.get("evaluated_at")
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
-
-    def _prompts_of(self, steps: int) -> int:
-        """Return the prompts of so many steps without a filter, which checkpoints once had no number of."""
-        episodes, rest = divmod(steps, self.steps_per_epoch)
-        return episodes * len(self.prompts) + rest * self.config.rollout.rollout_batch_size
 
     def _data_facts(self) -> dict[str, Any]:
         return {"rows": len(self.prompts), "data": self._fingerprint, "steps_per_epoch": self.steps_per_epoch}
