@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import stat
 import threading
@@ -19,7 +20,8 @@ from openrlhf.strategy import signals
 LOG = logging.getLogger(__name__)
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
 PASSED_ON_PREFIXES = ("RAY_EXPERIMENTAL_NOSET_", "VLLM_", "NCCL_", "GLOO_")
-NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *TOKEN)
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -132,9 +134,12 @@ def _join() -> bool:
 
 
 def _start(slots: int) -> None:
-    """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit no keys."""
+    """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit no keys but its own."""
     for name, value in WITHOUT_DASHBOARD.items():
         os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in TOKEN):
+        # Without one Ray leaves a token in the home folder, and every cluster started there later asks for it.
+        os.environ[TOKEN[0]] = secrets.token_hex(32)
     import ray
 
     device.stay_on_loopback()

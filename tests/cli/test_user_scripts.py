@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -39,6 +40,7 @@ FORMS = {
 IN_CI = ("train_sft.sh", "train_ppo_modelscope.sh")
 JOBS = 8265
 """The port at which such scripts hand in their jobs."""
+TOKEN = secrets.token_hex(32)
 FOLDER = Path("/openrlhf")
 """The clone of such scripts."""
 
@@ -68,8 +70,9 @@ def dry(text: str, path: Path) -> Path:
 
 
 def launching() -> dict[str, str]:
-    """Return the environment of who has activated the one of these tests."""
-    return {**environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Return the environment of who has activated the one of these tests and has a token for Ray clusters."""
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    return {**environment(), **ray, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def output_of(script: Path) -> str:
@@ -83,7 +86,7 @@ def output_of(script: Path) -> str:
 
 
 def steps_planned(output: str) -> bool:
-    return re.search(r"^batch +", output, flags=re.M) is not None
+    return re.search(r"^plan:\n(.+\n)*? .*an optimizer step is \d+", output, flags=re.M) is not None
 
 
 LAUNCHED = [name for name in texts() if "ray job submit" not in texts()[name]]

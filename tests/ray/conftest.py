@@ -29,8 +29,16 @@ def placement_of(actors: int = 1, engines: int = 0, tensor_parallel: int = 1, **
 
 
 @pytest.fixture(scope="module")
-def local_ray(tmp_path_factory):
+def home_of_ray(tmp_path_factory):
+    """The home folder, empty at first, of whoever starts the Ray of a test file."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def local_ray(home_of_ray):
     """A Ray of this machine with four device slots; the value is what a slot is."""
-    resource = cluster.connect(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home_of_ray))
+        resource = cluster.connect(4)
     yield resource
     cluster.disconnect()

@@ -253,6 +253,10 @@ def test_workers_get_settings_but_never_secrets(monkeypatch):
     assert "canary" not in passed.values()
 
 
+def test_a_local_ray_leaves_no_token_that_other_clusters_would_then_ask_for(local_ray, home_of_ray):
+    assert not (home_of_ray / ".ray").exists()
+
+
 def test_a_local_ray_has_as_many_seats_as_the_run_wants(local_ray):
     assert local_ray == "GPU"
     assert ray.cluster_resources()["GPU"] == 4
