@@ -101,7 +101,7 @@ def _talking(output: Path) -> Iterator[Console]:
 
 @contextmanager
 def _joined(config: BatchInferenceConfig) -> Iterator[DeepSpeedStrategy]:
-    """Join the ranks of the launcher and leave them at the end; not after an error, when others may be gone."""
+    """Join the ranks of the launcher and leave them at the end of the block."""
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 
     strategy = DeepSpeedStrategy(
@@ -110,9 +110,8 @@ def _joined(config: BatchInferenceConfig) -> Iterator[DeepSpeedStrategy]:
         micro_batch_size=config.ranks.micro_batch_size,
         seed=config.ranks.seed,
     )
-    strategy.setup_distributed()
-    yield strategy
-    strategy.close()
+    with strategy.joined():
+        yield strategy
 
 
 if __name__ == "__main__":

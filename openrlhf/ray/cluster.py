@@ -27,6 +27,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+OWN_TOKEN = secrets.token_hex(32)
 WITHOUT_DASHBOARD = {
     # The history of every task makes the head of the cluster grow with the run, and nobody here reads it.
     "RAY_task_events_report_interval_ms": "0",
@@ -84,6 +85,8 @@ def disconnect() -> None:
         if ours:
             signals.install()
         leaving.join(0.01)
+    if os.environ.get(TOKEN[0]) == OWN_TOKEN:
+        del os.environ[TOKEN[0]]
 
 
 def _processes_of_ray() -> list[int]:
@@ -134,12 +137,12 @@ def _join() -> bool:
 
 
 def _start(slots: int) -> None:
-    """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit no keys but its own."""
+    """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit its key only."""
     for name, value in WITHOUT_DASHBOARD.items():
         os.environ.setdefault(name, value)
     if not any(name in os.environ for name in TOKEN):
         # Without one Ray leaves a token in the home folder, and every cluster started there later asks for it.
-        os.environ[TOKEN[0]] = secrets.token_hex(32)
+        os.environ[TOKEN[0]] = OWN_TOKEN
     import ray
 
     device.stay_on_loopback()

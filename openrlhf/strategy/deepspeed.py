@@ -64,6 +64,7 @@ class DeepSpeedStrategy:
         self.ring = Ring()
         self._ring_size, self._ring_head_stride = ring_size, ring_head_stride
         self.device = torch.device("cpu")
+        self._engines: list[TrainEngine] = []
 
     @property
     def rank(self) -> int:
@@ -119,8 +120,27 @@ class DeepSpeedStrategy:
         if self._ring_size > 1:
             self.ring = join_neighbours(self._ring_size, self._ring_head_stride, timeout)
 
+    @contextmanager
+    def joined(self) -> Iterator[DeepSpeedStrategy]:
+        """Join the ranks for the length of the block, see :meth:`setup_distributed`, and leave them at its end.
+
+        After an error only a rank that is alone leaves: to leave in good order another would wait for ranks that may
+        be gone.
+        """
+        self.setup_distributed()
+        try:
+            yield self
+        except BaseException:
+            if self.world_size == 1:
+                self.close()
+            raise
+        self.close()
+
     def close(self) -> None:
-        """Leave the process group. This strategy cannot be used afterwards; another one may join again."""
+        """Leave the process group. Neither this strategy nor its engines can be used afterwards; another may join."""
+        for engine in self._engines:
+            engine.close()
+        self._engines.clear()
         self.comm.close()
         if dist.is_initialized():
             import deepspeed
@@ -175,7 +195,8 @@ class DeepSpeedStrategy:
             optimizer.state.clear()
             if engine.optimizer is not optimizer:
                 step_all_at_once(engine.optimizer)
-        return TrainEngine(engine, self, optimizer, build_schedule(optimizer, optim_config, max_steps))
+        self._engines.append(TrainEngine(engine, self, optimizer, build_schedule(optimizer, optim_config, max_steps)))
+        return self._engines[-1]
 
     def prepare_eval(self, module: nn.Module, offload: bool = False) -> nn.Module:
         """Return ``module`` on the device, in eval mode and without gradients; a DeepSpeed engine under ZeRO-3.

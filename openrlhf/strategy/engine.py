@@ -56,6 +56,10 @@ class TrainEngine:
         if not self._wrapped:
             optimizer.register_step_pre_hook(self._clip_or_skip)
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks out of the module: with them its memory and that of the optimizer are never freed."""
+        self.engine.destroy()
+
     @property
     def module(self) -> nn.Module:
         """The module that was given to `DeepSpeedStrategy.prepare_train`."""

@@ -99,10 +99,7 @@ def train(config: Any, opened: Run, recipe: Recipe) -> None:
 
 @contextmanager
 def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
-    """Join the ranks of a supervised command and leave them at the end of the block.
-
-    Not after an error: to leave in good order a rank would wait for the others, which may be gone.
-    """
+    """Join the ranks of a supervised command and leave them at the end of the block."""
     strategy = DeepSpeedStrategy(
         config.deepspeed,
         bf16=config.model.bf16,
@@ -112,9 +109,8 @@ def joined_ranks(config: Any) -> Iterator[DeepSpeedStrategy]:
         ring_size=config.attention.ring_attn_size,
         ring_head_stride=config.attention.ring_head_stride,
     )
-    strategy.setup_distributed()
-    yield strategy
-    strategy.close()
+    with strategy.joined():
+        yield strategy
 
 
 def supervised_callbacks(

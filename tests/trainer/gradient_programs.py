@@ -8,7 +8,7 @@ applied. The other side is ``gradient_formulas.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -262,15 +262,13 @@ def differences(folder: str, cases: list[list], ring: int = 1, budget: int = 0) 
     """
     expected = {loss: reference(folder, LOSSES[loss][0]) for loss in {case[0] for case in cases}}
     dynamic = {"use_dynamic_batch": True, "train_max_tokens_per_gpu": budget} if budget else {}
+    joined = cache(partial(strategy_of, ring))
     found = []
     for loss, packed, stage, micro in cases:
-        strategy = DeepSpeedStrategy(
-            DeepSpeedConfig(zero_stage=stage, collective_timeout=60), max_norm=0.0, param_persistence_threshold=0,
-            ring_size=ring,
-        )  # fmt: skip
-        strategy.setup_distributed()
         batch = BatchConfig(micro_train_batch_size=micro, train_batch_size=8, **dynamic)
-        gradients = first_gradients(LOSSES[loss][1](folder, strategy, packed, batch))
+        engine = LOSSES[loss][1](folder, joined(stage), packed, batch)
+        gradients = first_gradients(engine)
+        engine.close()
         if gradients.keys() != expected[loss].keys():
             raise ValueError(f"{sorted(gradients)} are not {sorted(expected[loss])}")
         off = {
@@ -280,6 +278,16 @@ def differences(folder: str, cases: list[list], ring: int = 1, budget: int = 0) 
         worst = max(off, key=lambda name: off[name])
         found.append((worst, off[worst]))
     return found
+
+
+def strategy_of(ring: int, stage: int) -> DeepSpeedStrategy:
+    """Return a strategy that has joined; every one makes process groups, and their threads stay until the end."""
+    strategy = DeepSpeedStrategy(
+        DeepSpeedConfig(zero_stage=stage, collective_timeout=60), max_norm=0.0, param_persistence_threshold=0,
+        ring_size=ring,
+    )  # fmt: skip
+    strategy.setup_distributed()
+    return strategy
 
 
 def ring_cases() -> list[list]:
