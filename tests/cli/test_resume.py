@@ -25,6 +25,7 @@ PPO_LEARNING = ("--actor_learning_rate=3e-3", "--critic_learning_rate=3e-3", "--
 QUESTIONS = ["How many clips did Natalia sell?", "What is 12 + 30?", "Write a short story about May."]
 DTYPES = {"fp32": (), "bf16": ("--bf16",)}
 OPTIMIZERS = {"": (), " offload": ("--adam_offload",)}
+ESTIMATORS = ("gae", "group_norm")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def material(tmp_path_factory) -> dict[str, tuple[str, ...]]:
         "train_prm": (*supervised, f"--dataset={judged}", f"--eval_dataset={judged}", *PRM_FLAGS),
         "train_ppo": (*ppo, *PPO_LEARNING, *evaluation),
         "gae": ("--advantage_estimator=gae", "--n_samples_per_prompt=1"),
-        "rloo": ("--advantage_estimator=rloo", "--n_samples_per_prompt=2"),
+        "group_norm": ("--advantage_estimator=group_norm", "--n_samples_per_prompt=2"),
         "model": (f"--reward_pretrain={judge}", "--normalize_reward"),
         "function": (f"--remote_rm_url={reward_file(folder, NOISY_COUNT)}",),
     }
@@ -106,7 +107,7 @@ def ppo_trials(material: dict) -> list[Trial]:
             (*material["train_ppo"], *material[estimator], *material[reward], *DTYPES[dtype], *OPTIMIZERS[optimizer]),
             broken_off=6,
         )
-        for estimator, reward, dtype, optimizer in product(("gae", "rloo"), ("model", "function"), DTYPES, OPTIMIZERS)
+        for estimator, reward, dtype, optimizer in product(ESTIMATORS, ("model", "function"), DTYPES, OPTIMIZERS)
     ]
 
 
@@ -158,12 +159,13 @@ def test_runs_whose_reference_said_everything_before_are_taken_up_bit_for_bit(ma
 @pytest.mark.full
 @pytest.mark.timeout(1900)
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 2), (2, 3)])
-def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, ranks, stage):
-    extras = {"gae model fp32": ("--enable_ema",), "rloo function bf16": ("--kl_target=0.05",)}
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_ppo_run_that_was_cut_is_the_whole_run_bit_for_bit(material, tmp_path, estimator, ranks, stage):
+    extras = {"gae model fp32": ("--enable_ema",), "group_norm function bf16": ("--kl_target=0.05",)}
     trials = [
         replace(trial, flags=(*trial.flags, f"--zero_stage={stage}", *extras.get(trial.name.removeprefix("ppo "), ())))
         for trial in ppo_trials(material)
-        if stage == 2 or "offload" not in trial.name
+        if estimator in trial.name and (stage == 2 or "offload" not in trial.name)
     ]
     assert_equal(tmp_path, trials, ranks)
 

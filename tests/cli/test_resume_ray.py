@@ -26,14 +26,14 @@ DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 QUESTIONS = ["How many clips did Natalia sell?", "What is 12 + 30?", "Write a short story about May."]
 
 GAE = ("--advantage_estimator=gae", "--enable_ema", "--kl_target=0.05", "--save_value_network")
-RLOO = ("--advantage_estimator=rloo", "--actor_num_gpus_per_node=2")
+GROUP_NORM = ("--advantage_estimator=group_norm", "--actor_num_gpus_per_node=2")
 # Longer than a block of vLLM's cache, so that prompts of training and evaluation share some.
 PREFACE = "Natalia sold clips to 48 of her friends, and then she sold half as many clips in May to a tiny robot. " * 4
 SHARDED = ("--bf16", "--adam_offload", "--enable_prefix_caching", f"--input_template={PREFACE}{{}}")
 RUNS = {
     "gae-model-vllm": ("model", (*GAE, *ENGINE, "--actor_num_gpus_per_node=1")),
-    "rloo-function-vllm-bf16": ("function", (*RLOO, *ENGINE, *SHARDED)),
-    "rloo-function-hf": ("function", RLOO),
+    "group_norm-function-vllm-bf16": ("function", (*GROUP_NORM, *ENGINE, *SHARDED)),
+    "group_norm-function-hf": ("function", GROUP_NORM),
 }
 
 
