@@ -93,6 +93,14 @@ def test_the_engines_of_a_script_are_left_out_where_vllm_is_not_installed(script
     assert tasks == [{"eval_task": ["generate"]}, {"eval_task": ["rm"]}]
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_in_main_memory_anyway_is_not_offloaded(script, monkeypatch, gpu):
+    monkeypatch.setattr(script("smoke"), "gpu_present", lambda: gpu)
+    with ExitStack() as stack:
+        small = script("smoke").small("train_ppo", {"bf16": [], "adam_offload": []}, stack)
+    assert small == ({"bf16": [], "adam_offload": []} if gpu else {"bf16": []})
+
+
 def test_a_launcher_of_a_cluster_starts_what_it_would_start(script):
     launched = script("smoke").launched
     flags = {"ring_attn_size": ["2"], "bf16": []}
