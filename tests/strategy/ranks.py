@@ -39,8 +39,9 @@ def run_ranks(
     their result. With ``fresh`` they are no forks: for variables that count when a process starts.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = _start(target, world, arguments, Path(folder), fresh)
+        processes: list[BaseProcess] = []
         try:
+            _start(processes, target, world, arguments, Path(folder), fresh)
             _wait(processes, timeout, stop_on_failure=check)
         finally:
             for process in processes:
@@ -55,18 +56,19 @@ def run_ranks(
         return [_result(Path(folder), rank) for rank in range(world)]
 
 
-def _start(target: str, world: int, arguments: dict, folder: Path, fresh: bool) -> list[BaseProcess]:
+def _start(processes: list[BaseProcess], target: str, world: int, arguments: dict, folder: Path, fresh: bool) -> None:
+    """Add every process to ``processes`` as soon as it runs."""
     [port] = free_ports(1)
-    started: list[BaseProcess] = []
     # Libraries read these when they are imported, which the first call lets the process do that is forked.
     read = {"OMP_NUM_THREADS": "1"} if gpu_present() else {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with patch.dict(os.environ, read):
         for rank in range(world):
             environment = {**os.environ, **_of_launcher(rank, world, port)}
             words = (target, json.dumps(arguments), environment, str(folder / str(rank)))
-            started.append(_context(fresh).Process(target=_run, args=words))
-            started[-1].start()
-    return started
+            Path(f"{words[-1]}.log").touch()  # it may end before it writes there
+            process = _context(fresh).Process(target=_run, args=words)
+            process.start()
+            processes.append(process)
 
 
 def _context(fresh: bool) -> BaseContext:
