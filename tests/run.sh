@@ -15,4 +15,6 @@ if [ "${1:-}" = --full ]; then
   shift
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline PATH="$env_dir/bin:$PATH"
+# With PYTHONDONTWRITEBYTECODE=1 every program that a test starts would compile the package anew.
+python -m compileall -q openrlhf
 exec python -m pytest --durations=30 "${selection[@]}" "$@"

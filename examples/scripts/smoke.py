@@ -20,6 +20,8 @@ from pathlib import Path
 
 from smoke_inputs import data_file, free_port, model_folder, reward_server
 
+from openrlhf.device import gpu_present
+
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
 MODELS = ("pretrain", "ref_pretrain", "reward_pretrain", "critic_pretrain", "teacher_model")
 DATA = ("dataset", "eval_dataset", "prompt_data", "pretrain_data")
@@ -77,6 +79,8 @@ def small(command: str, flags: dict[str, list[str]], stack: ExitStack) -> dict[s
             shrunk[name] = [values[0].lstrip("/")]
         elif name == "remote_rm_url" and "://" in values[0]:
             shrunk[name] = [stack.enter_context(reward_server())]
+    if not gpu_present():
+        shrunk.pop("adam_offload", None)  # all of it is in main memory, and DeepSpeed would compile for a minute
     if not find_spec("vllm"):
         shrunk |= {"vllm_num_engines": ["0"]} if "vllm_num_engines" in flags else {}
         shrunk |= {"eval_task": ["generate"]} if flags.get("eval_task") == ["generate_vllm"] else {}

@@ -2,8 +2,9 @@
 # What SMOKE=1 does to an example script, which sources this file before its first command:
 #   SMOKE=1 bash examples/scripts/train_sft_llama.sh
 # Every command below runs through smoke.py, which puts tiny random models and made-up rows in place of the named ones,
-# and small numbers in place of sizes and rounds; the other flags stay as they are. No GPU and no network is needed. What
-# is written goes below runs/smoke/SCRIPT (RUNS=dir changes runs), and is replaced when the script runs again.
+# and small numbers in place of sizes and rounds; the other flags stay as they are, but without a GPU --adam_offload goes
+# (DeepSpeed would compile its Adam for a minute). No GPU and no network is needed. What is written goes below
+# runs/smoke/SCRIPT (RUNS=dir changes runs), and is replaced when the script runs again.
 [ -z "${SMOKE_DIR:-}" ] || return 0
 
 smoke_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -141,23 +141,23 @@ def remember(folder: Path) -> None:
     shutil.copy(folder / "model_run" / "metrics.jsonl", folder / BEFORE)
 
 
-def differences(whole: Path, resumed: Path, since: int) -> list[str]:
+def differences(whole: Path, resumed: Path, since: int, steps: int = STEPS) -> list[str]:
     """Return in what a run taken up after step ``since`` is not the whole run, or how it did not go on from there."""
     weightless = [] if list((whole / "model").glob("*.safetensors")) else ["the whole run left no weights"]
     return [
         *weightless,
-        *_not_resumed(resumed, since),
+        *_not_resumed(resumed, since, steps),
         *_journal_differences(whole / "model_run", resumed / "model_run"),
         *(
             f"weight {name}"
             for model in ("model", "model_critic")
             for name in _weight_differences(whole / model, resumed / model)
         ),
-        *_checkpoint_differences(*(run / "ckpt" / f"global_step{STEPS}" for run in (whole, resumed))),
+        *_checkpoint_differences(*(run / "ckpt" / f"global_step{steps}" for run in (whole, resumed))),
     ]
 
 
-def _not_resumed(resumed: Path, since: int) -> list[str]:
+def _not_resumed(resumed: Path, since: int, steps: int) -> list[str]:
     """Return signs that steps were done again. The clock is in every line: one written again differs."""
     found = []
     taken_up = f"resuming from {resumed / 'ckpt' / f'global_step{since}'}"
@@ -169,9 +169,9 @@ def _not_resumed(resumed: Path, since: int) -> list[str]:
     kept = [line for line in before if _step(line) <= since]
     if after[: len(kept)] != kept:
         found.append(f"metrics up to step {since} were written again")
-    steps = [_step(line) for line in after if b'"phase": "train"' in line]
-    if steps != list(range(1, STEPS + 1)):
-        found.append(f"metrics hold the steps {steps}")
+    done = [_step(line) for line in after if b'"phase": "train"' in line]
+    if done != list(range(1, steps + 1)):
+        found.append(f"metrics hold the steps {done}")
     return found
 
 

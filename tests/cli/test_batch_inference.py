@@ -92,6 +92,7 @@ def test_every_prompt_is_answered_n_times_in_the_order_of_the_prompts(answered):
     assert {path.name for path in answered.parent.iterdir()} == {"answers.jsonl", "answers.jsonl.log"}
 
 
+@pytest.mark.full
 def test_two_ranks_write_what_one_writes(material, answered, tmp_path):
     done = run(on_two_ranks(command("batch_inference", generation(material, tmp_path / "out.jsonl"))))
     assert (tmp_path / "out.jsonl").read_bytes() == answered.read_bytes()

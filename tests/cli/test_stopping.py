@@ -97,7 +97,6 @@ QUICK = [
     if str(case)
     in (
         "sft_save_step_8_SIGTERM",
-        "sft2_step_3_SIGTERM_local_rank_1",
         "ppo_phase_generate_after_step_1_SIGTERM",
         "ppo2_phase_generate_after_step_1_SIGTERM_local_rank_1",
     )

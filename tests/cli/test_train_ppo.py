@@ -103,6 +103,7 @@ def test_two_ranks_that_share_every_weight_do_what_one_does(material, alone, tmp
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model_critic")
 
 
+@pytest.mark.full
 def test_ray_with_one_device_a_model_does_what_one_program_does(material, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     run(words(material, tmp_path, "train_ppo_ray", vllm_num_engines=0, **ONE_EACH))

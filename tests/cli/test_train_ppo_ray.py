@@ -81,6 +81,7 @@ def test_two_ray_actors_train_the_same_policy_as_one_process(tmp_path):
         torch.testing.assert_close(saved[name.removeprefix("model.")], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.full
 def test_gae_with_a_reward_model_and_vllm_saves_resumes_and_reports(tmp_path):
     pytest.importorskip("vllm")
     tiny_reward_model(tmp_path / "rm", mean=0.0, std=0.1)

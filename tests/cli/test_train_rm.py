@@ -86,6 +86,7 @@ def test_the_folder_scores_the_same_as_a_plain_sequence_classifier(one_rank):
     assert (scores[:13] > scores[13:]).float().mean().item() == pytest.approx(last["acc_mean"])
 
 
+@pytest.mark.full
 def test_killed_and_taken_up_again_the_run_is_the_same_bit_for_bit(one_rank, material, tmp_path):
     flags = {**material, **places(tmp_path)}
     before = run_and_kill(command("train_rm", flags), tmp_path / "model_run" / "metrics.jsonl", at_step=5)
@@ -100,6 +101,7 @@ def test_killed_and_taken_up_again_the_run_is_the_same_bit_for_bit(one_rank, mat
     assert after[:saved] == before.splitlines()[:saved]
 
 
+@pytest.mark.full
 def test_two_ranks_with_sharded_bf16_weights_and_another_head_name(material, tmp_path):
     own = {"zero_stage": 3, "value_head_prefix": "value_head", "loss": "logexp", "save_steps": -1}
     words = command("train_rm", {**material, **places(tmp_path), **own}, ("bf16", "gradient_checkpointing"))

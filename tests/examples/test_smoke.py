@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,18 +45,32 @@ def shown(name: str) -> list[str]:
     return commands * (ROUNDS if name in IN_ROUNDS else 1)
 
 
+@pytest.fixture(scope="module")
+def in_ci(tmp_path_factory) -> Iterator[dict[str, tuple[Path, Future]]]:
+    """The folder and what :func:`smoke` gives of the scripts in :data:`IN_CI`, of which two run at a time."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in IN_CI}
+    pool = ThreadPoolExecutor(max_workers=2)
+    try:
+        yield {name: (folder, pool.submit(smoke, name, folder)) for name, folder in folders.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
 )
-def test_the_small_form_of_a_script_runs_its_commands_to_their_end(name, tmp_path):
+def test_the_small_form_of_a_script_runs_its_commands_to_their_end(name, request, tmp_path):
     commands = shown(name)
     if "batch_inference" in commands:
         pytest.importorskip("openrlhf.cli.batch_inference")
-    output = smoke(name, tmp_path)
+    if name in IN_CI:
+        folder, running = request.getfixturevalue("in_ci")[name]
+        output = running.result()
+    else:
+        folder, output = tmp_path, smoke(name, tmp_path)
     assert re.findall(r"^== .*?openrlhf\.cli\.(\w+)", output, flags=re.M) == commands
-    folder = tmp_path / "smoke" / name
-    runs = list(folder.rglob("metrics.jsonl"))
+    runs = list((folder / "smoke" / name).rglob("metrics.jsonl"))
     trained = [command for command in commands if command.startswith("train_")]
     assert len(runs) == len(trained)
     for path in runs:
@@ -91,6 +107,14 @@ def test_the_engines_of_a_script_are_left_out_where_vllm_is_not_installed(script
         assert small("train_ppo_ray", {"vllm_num_engines": ["4"]}, stack) == {"vllm_num_engines": ["0"]}
         tasks = [small("batch_inference", {"eval_task": [task]}, stack) for task in ("generate_vllm", "rm")]
     assert tasks == [{"eval_task": ["generate"]}, {"eval_task": ["rm"]}]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_in_main_memory_anyway_is_not_offloaded(script, monkeypatch, gpu):
+    monkeypatch.setattr(script("smoke"), "gpu_present", lambda: gpu)
+    with ExitStack() as stack:
+        small = script("smoke").small("train_ppo", {"bf16": [], "adam_offload": []}, stack)
+    assert small == ({"bf16": [], "adam_offload": []} if gpu else {"bf16": []})
 
 
 def test_a_launcher_of_a_cluster_starts_what_it_would_start(script):

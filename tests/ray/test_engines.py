@@ -99,6 +99,7 @@ def test_an_engine_that_dies_while_nobody_asks_it_is_replaced_before_it_is_asked
     assert said(caplog, "vLLM engine 0 serves again")
 
 
+@pytest.mark.full
 def test_an_engine_that_dies_asleep_is_replaced_when_it_is_needed_again_and_not_before(fleet, caplog, monkeypatch):
     policy, engines, sync = fleet
     policy.get(policy.run(TinyPolicy.learn, seed=4))

@@ -28,8 +28,8 @@ def check_operations(kind, folder, every):
     assert found["torn"] == []
 
 
-def test_a_kill_at_every_fifth_operation_of_a_save_loses_one_step_at_most(tmp_path):
-    check_operations("supervised", tmp_path, 5)
+def test_a_kill_at_every_tenth_operation_of_a_save_loses_one_step_at_most(tmp_path):
+    check_operations("supervised", tmp_path, 10)
 
 
 @pytest.mark.full

@@ -49,7 +49,8 @@ def check(folders, monkeypatch, kind: str, stage: int = 0, bf16: bool = False, c
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     large, small = folders["reward" if kind in ("critic", "reward") else "language"]
     asked = {"stage": stage, "bf16": bf16, "checkpointing": checkpointing}
-    measured = run_ranks("tests.trainer.peaks:measure", 1, kind=kind, folder=large, small=small, **asked)[0]
+    asked |= {"kind": kind, "folder": large, "small": small}
+    [measured] = run_ranks("tests.trainer.peaks:measure", 1, fresh=True, **asked)
     expected = estimate(kind, large, stage, bf16, checkpointing)
     assert expected == pytest.approx(measured, rel=0.15), (expected / 2**20, measured / 2**20)
 

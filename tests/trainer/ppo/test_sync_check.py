@@ -73,7 +73,7 @@ def run_with_adapters(folder: str) -> dict:
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_an_engine_serves_adapters_merged_into_their_base(tmp_path):
-    [result] = run_ranks(f"{__name__}:run_with_adapters", 1, folder=str(tmp_path))
+    [result] = run_ranks(f"{__name__}:run_with_adapters", 1, fresh=True, folder=str(tmp_path))
     for steps in result.values():
         assert len(steps) == 3 and max(gap for gap, _ in steps) < 1e-5
         assert abs(steps[0][1]) < 1e-6 and abs(steps[2][1]) > 1e-6, "the policy moves away from its base"
@@ -82,7 +82,7 @@ def test_an_engine_serves_adapters_merged_into_their_base(tmp_path):
 @pytest.mark.timeout(300)
 def test_a_run_stops_when_the_engine_keeps_its_old_head_and_goes_through_when_it_does_not(tmp_path):
     """In a process of its own: vLLM takes torch's process group with it when it goes."""
-    [result] = run_ranks(f"{__name__}:run_with_and_without_repacking", 1, folder=str(tmp_path))
+    [result] = run_ranks(f"{__name__}:run_with_and_without_repacking", 1, fresh=True, folder=str(tmp_path))
     assert "tied" in result["error"]
     assert result["broken"] == 1, "the first weights are those of the folder"
     assert len(result["gaps"]) == 3 and max(result["gaps"]) < 1e-5
