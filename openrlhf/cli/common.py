@@ -55,12 +55,12 @@ def run(
 
         train(fetched(config))
     except KeyboardInterrupt:
-        fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"), prog)
+        fail(Preempted(f"stopped by {signals.requested() or 'SIGINT'}: no step was lost"))
     except Exception as error:
         ended_by = _told(error)
         if ended_by is None:
             raise
-        fail(ended_by, prog, partial(_as_written, config_class, words))
+        fail(ended_by, partial(_as_written, config_class, words))
 
 
 def _as_written(config_class: Any, argv: list[str], text: str) -> str:
@@ -96,13 +96,13 @@ def libraries_hushed() -> Iterator[None]:
         logging.disable(before)
 
 
-def fail(error: OpenRLHFError, prog: str, say: Callable[[str], str] = str) -> NoReturn:
+def fail(error: OpenRLHFError, say: Callable[[str], str] = str) -> NoReturn:
     """Print one message and end the process; what is the same on every rank is printed by one.
 
     ``say`` puts the message in the words of the user.
     """
     if not isinstance(error, (UsageError, Preempted)) or _first_rank():
-        print(say(_message(error, prog)), file=sys.stderr, flush=True)
+        print(say(_message(error)), file=sys.stderr, flush=True)
     if _among_ranks():
         # Threads of the collectives would wait for a rank that is gone, or abort an ordinary exit.
         sys.stdout.flush()
@@ -117,13 +117,13 @@ def _among_ranks() -> bool:
     return torch.distributed.get_world_size() > 1
 
 
-def _message(error: OpenRLHFError, prog: str) -> str:
+def _message(error: OpenRLHFError) -> str:
     problems = error.problems if isinstance(error, UsageError) else [str(error)]
     if isinstance(error, Preempted):
         return problems[0]
     if len(problems) == 1:
         return f"error: {problems[0]}"
-    head = f"error: {len(problems)} problems; {prog} --help lists the flags"
+    head = f"error: {len(problems)} problems; --help lists the flags"
     return "\n".join([head, *(f"  {line}" for line in problems)])
 
 

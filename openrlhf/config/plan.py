@@ -15,6 +15,7 @@ from openrlhf.config.ppo import PPOConfig
 
 WIDTH = 100
 UNKNOWN = "steps: known once the data is read"
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 MEMORY = "memory of one rank in GiB, estimated"
 IF_ALL = "if every row can be used"
 
@@ -67,8 +68,15 @@ def _memory_lines(config: Any, ranks: int) -> list[str]:
 
 
 def _supervised_lines(config: Any, ranks: int, rows: int | None) -> list[str]:
-    total = UNKNOWN if rows is None else f"steps: {total_text(config.batch, rows)}, {IF_ALL}"
+    total = _unknown(config.data.dataset) if rows is None else f"steps: {total_text(config.batch, rows)}, {IF_ALL}"
     return [_rank_line(config, ranks, "samples"), total, *_files(config)]
+
+
+def _unknown(spec: str | None) -> str:
+    """Return why the steps are not known: a file that is missing may be yet to be made, or mistyped."""
+    files = [name for name in (spec or "").split(",") if name.endswith(DATA_FILES)]
+    missing = [name for name in files if not os.path.isfile(name)]
+    return f"steps: not known: {missing[0]} is no file here" if missing else UNKNOWN
 
 
 def _rank_line(config: Any, ranks: int, unit: str) -> str:
@@ -107,7 +115,7 @@ def _ppo_lines(config: PPOConfig, ranks: int, rows: int | None) -> list[str]:
         f"advantages: {name}, {'critic from ' + str(config.critic_source) if config.critic_source else 'no critic'}",
         f"reward: {_reward_text(config)}",
     ]
-    total = UNKNOWN if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}"
+    total = _unknown(config.prompts.prompt_data) if rows is None else f"steps: {_ppo_total(config, rows)}, {IF_ALL}"
     return [*lines, *_beside(config), total, *_files(config)]
 
 

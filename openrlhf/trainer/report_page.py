@@ -89,8 +89,11 @@ def _tile(headline: Headline) -> str:
 def _pairs(samples: Sequence[Mapping[str, Any]]) -> str:
     """Return prompts with their answers before and after training."""
     by_prompt: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    # A run that was made longer has ended more than once.
+    end = next((sample.get("step") for sample in reversed(samples) if sample.get("when") == "after"), None)
     for sample in samples:
-        if sample.get("when") in ("before", "after"):
+        when = sample.get("when")
+        if when == "before" or (when == "after" and sample.get("step") == end):
             by_prompt[str(sample.get("prompt", ""))].setdefault(str(sample["when"]), sample)
     cards = "".join(_card(prompt, answers) for prompt, answers in list(by_prompt.items())[:MOST_PAIRS])
     return f"<details><summary>Answers before and after training</summary>{cards}</details>" if cards else ""

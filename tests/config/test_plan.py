@@ -71,7 +71,14 @@ def test_steps_of_other_sources_are_known_once_the_data_is_read(rows):
         ["--dataset", f"{rows},{rows}", "--dataset_probs", "0.5,0.5"],
     ):
         assert "steps: known once the data is read" in plan(SFTConfig, [*SFT, *words], 1)
-    assert "steps: known once the data is read" in plan(RayPPOConfig, PPO, 1)
+    assert "steps: known once the data is read" in plan(RayPPOConfig, [*PPO, "--prompt_data", "hub/name"], 1)
+
+
+def test_a_file_of_rows_that_is_not_there_is_named(rows):
+    missing = rows.replace("rows.jsonl", "row.jsonl")
+    for words in (["--dataset", missing], ["--dataset", f"{rows},{missing}", "--dataset_probs", "0.5,0.5"]):
+        assert f"steps: not known: {missing} is no file here" in plan(SFTConfig, [*SFT, *words], 1)
+    assert f"{missing} is no file here" in plan(RayPPOConfig, [*PPO, "--prompt_data", missing], 1)
 
 
 def test_a_rollout_step_says_answers_updates_and_rewards(rows):

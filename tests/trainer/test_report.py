@@ -115,6 +115,14 @@ def test_before_stands_beside_after(page):
     assert [sample["when"] for sample in page.samples] == ["before", "after", "train"]
 
 
+def test_after_is_the_end_of_a_run_that_was_made_longer(tmp_path):
+    answers = [("before", 0, "first"), ("after", 5, "first end"), ("after", 9, "last end")]
+    samples = [{"step": step, "when": when, "prompt": "?", "response": text} for when, step, text in answers]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    page = Tags(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "last end" in page.text and "first end" not in page.text
+
+
 def test_the_page_begins_with_where_numbers_began_and_ended(page):
     assert "eval true_score0.2 \N{RIGHTWARDS ARROW} 1" in page.text
 

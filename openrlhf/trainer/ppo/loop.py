@@ -61,6 +61,7 @@ class PPOLoop:
         epoch_ended: whether the last step took the last prompts of a pass over them.
         evaluating: whether the evaluation after the last step was begun and not finished.
         evaluated_at: the step of the last evaluation that was finished.
+        kept_as: what its answers are kept as in ``samples.jsonl``; nothing where they are not.
         learned: the samples that the last step learned from.
         dropped: uids of the prompts that the last step asked and a filter left out.
     """
@@ -87,6 +88,7 @@ class PPOLoop:
         self.epoch_ended = False
         self.evaluating = False
         self.evaluated_at: int | None = None
+        self.kept_as = ""
         self.learned: list[Rollout] = []
         self.dropped: Sequence[str] = ()
 
@@ -245,7 +247,7 @@ class PPOLoop:
         with rewound_when_stopped(), signals.droppable(self.roles.comm):
             self.collector.serve(self.global_step)
             values = self.evaluator.evaluate(self.global_step, when)
-        self.evaluating = False
+        self.evaluating, self.kept_as = False, when
         if self.evaluated_at != self.global_step:
             self.evaluated_at = self.global_step
             self.callbacks.on_evaluate(self, values)
@@ -258,6 +260,7 @@ class PPOLoop:
             "prompts_taken": self.stream.position,
             "evaluating": self.evaluating,
             "evaluated_at": self.evaluated_at,
+            "kept_as": self.kept_as,
             "kl_controller": self.maker.kl_controller.state_dict(),
             "callbacks": self.callbacks.state_dict(),
             "data": self._data_facts(),
@@ -273,6 +276,7 @@ class PPOLoop:
         self.stream.position = int(state["prompts_taken"])
         self.evaluating = bool(state.get("evaluating", False) and self.eval_data)
         self.evaluated_at = state.get("evaluated_at")
+        self.kept_as = state.get("kept_as", "")
         self.maker.kl_controller.load_state_dict(state["kl_controller"])
         self.callbacks.load_state_dict(state.get("callbacks", {}))
 
@@ -297,8 +301,12 @@ class PPOLoop:
         self._move(batch.drawn)
         self.learned, self.dropped = [], batch.dropped
         self.callbacks.on_pass_over(self)
-        each_episode = self.config.logging.eval_steps == -1 and self.evaluated_at != self.global_step
-        if self.eval_data and (each_episode or not self.stream.left):
+        known = self.evaluated_at == self.global_step
+        if known and self.kept_as == "during" and not self.stream.left:
+            # The step turned out to be the last: its answers are there already.
+            self.evaluator.samples.rename(self.global_step, "during", "after")
+            self.kept_as = "after"
+        elif self.eval_data and (not self.stream.left or (self.config.logging.eval_steps == -1 and not known)):
             self.evaluate()
 
     def _nothing_passes(self) -> str:

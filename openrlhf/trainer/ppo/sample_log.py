@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +85,19 @@ class SampleLog:
             return
         with self._guarded():
             rewind(self.path, step)
+
+    def rename(self, step: int, when: str, now: str) -> None:
+        """Call the answers of ``step`` that were kept as ``when`` something else. A disk that refuses is said."""
+        if self.path is None:
+            return
+        with self._guarded():
+            # Not splitlines(): text may hold other line separators of Unicode.
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            old, new = (f'{{"when": "{name}", "step": {step},' for name in (when, now))
+            lines = [new + line.removeprefix(old) if line.startswith(old) else line for line in lines]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("\n".join(lines), encoding="utf-8")
+            os.replace(temporary, self.path)
 
     def write(self, when: str, step: int, scored: Scored, learned: Mapping[int, Columns] | None = None) -> None:
         """Append the answers to show. A disk that refuses is said, never raised.
