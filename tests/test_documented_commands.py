@@ -27,7 +27,7 @@ CONFIGS = {
 MODULES = {"train_ppo": "ppo", "train_ppo_ray": "ppo_ray", "serve_rm": "serve", "batch_inference": "inference"}
 MODULE = re.compile(r"openrlhf\.cli\.(\w+)")
 OPTIONAL = {"${placement[@]}", "${flags[$name]}"}
-PLACEHOLDERS = {"$engines": "1", "$seed": "0", "$round": "0"}
+PLACEHOLDERS = {"$engines": "1", "$seed": "0", "$round": "0", "$slice": "2048", "$sampler": "generate_vllm"}
 
 
 def shell_blocks(text):

@@ -4,6 +4,7 @@
     python examples/scripts/measure.py answers POLICY REFERENCE FILE      prompt, completion, label
     python examples/scripts/measure.py divergence STUDENT TEACHER FILE    prompt, answer
     python examples/scripts/measure.py steps MODEL FILE                   prompt, completions, labels
+    python examples/scripts/measure.py exact MODEL FILE                   prompt, label
 
 Prompts are put into the model's chat template. Prints one line of JSON; a share comes with half the width of its 95 %
 interval, for which the rows of one prompt count as one draw.
@@ -23,15 +24,20 @@ import torch
 from torch import Tensor
 
 BATCH = 32
+GENERATED = 256
+"""Answers that are written together."""
+SAMPLES = 4
+"""Answers to each prompt at temperature 1."""
 PLACEHOLDER, RIGHT, WRONG = "*", "+", "-"
 
 
 class Scorer:
-    """A causal model in fp32 with its tokenizer."""
+    """A causal model in fp32 with its tokenizer; ``prompt_end`` is put behind every prompt."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, prompt_end: str = ""):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.prompt_end = prompt_end
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -39,11 +45,28 @@ class Scorer:
         """Return the token ids of a user's message, up to where the answer begins."""
         message = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text + self.prompt_end, add_special_tokens=False)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the token ids of an answer, with the end of the turn."""
         return [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    @torch.no_grad()
+    def written(self, prompts: Sequence[str], most: int, **sampling: Any) -> Iterator[str | None]:
+        """Yield the model's answer to each prompt, or None for one that has no end within ``most`` tokens."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        for start in range(0, len(prompts), GENERATED):
+            ids = [torch.tensor(self.prompt_ids(prompt)) for prompt in prompts[start : start + GENERATED]]
+            mask = [torch.ones_like(row) for row in ids]
+            padded, mask = (
+                torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
+                for rows, filler in ((ids, pad), (mask, 0))
+            )
+            found = self.model.generate(
+                padded, attention_mask=mask, max_new_tokens=most, eos_token_id=eos, pad_token_id=pad, **sampling
+            )
+            for row in found[:, padded.shape[1] :].tolist():
+                yield self.tokenizer.decode(row[: row.index(eos)]) if eos in row else None
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[Tensor]:
@@ -152,8 +175,26 @@ def steps(model: str, rows: list[dict]) -> dict:
     return {"rows": len(rows), "steps": len(hits), "accuracy": share(hits, prompts), "commoner_label": commoner}
 
 
+def exact(model: str, rows: list[dict], prompt_end: str = "") -> dict:
+    """Return how often the greedy answer, and one sampled at temperature 1, is the label."""
+    scorer = Scorer(model, prompt_end)
+    prompts, labels = [row["prompt"] for row in rows], [row["label"] for row in rows]
+    most = max(len(scorer.answer_ids(label)) for label in labels)
+    found = {}
+    torch.manual_seed(0)
+    for name, times, sampling in (
+        ("greedy", 1, {"do_sample": False}),
+        ("sampled", SAMPLES, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+    ):
+        said = scorer.written(prompts * times, most, **sampling)
+        hits = [answer == label for answer, label in zip(said, labels * times, strict=True)]
+        found[name] = share(hits, prompts * times)
+    return {"rows": len(rows), **found}
+
+
 MEASURES: dict[str, tuple[Callable[..., dict], int]] = {
     "pairs": (pairs, 2), "answers": (answers, 2), "divergence": (divergence, 2), "steps": (steps, 1),
+    "exact": (exact, 1),
 }  # fmt: skip
 """The measures by name, each with the number of models that it reads."""
 
@@ -167,9 +208,12 @@ def main() -> None:
         kind.add_argument("models", nargs=models)
         kind.add_argument("data", type=Path)
         kind.add_argument("--rows", type=int, help="read the first rows only")
+        if measure is exact:
+            kind.add_argument("--prompt_end", default="", help="text behind every prompt")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.data.read_text().splitlines()[: args.rows]]
-    print(json.dumps(MEASURES[args.kind][0](*args.models, rows)))
+    options = {"prompt_end": args.prompt_end} if args.kind == "exact" else {}
+    print(json.dumps(MEASURES[args.kind][0](*args.models, rows, **options)))
 
 
 if __name__ == "__main__":

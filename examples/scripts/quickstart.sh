@@ -12,29 +12,12 @@ placement=()
 [ "$gpus" -ge 1 ] && [ "$gpus" -le 4 ] && placement=(--colocate_all_models --vllm_gpu_memory_utilization 0.3)
 
 engines=1
-python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)' || {
+has_vllm || {
   engines=0
   echo "note: no vLLM for this Python and system; the policy generates itself"
 }
 
-stage reward_model deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_rm \
-  --pretrain "$out/sft" \
-  --dataset "$out/task/pairs_train.jsonl" \
-  --eval_dataset "$out/task/pairs_eval.jsonl" \
-  --prompt_key prompt \
-  --apply_chat_template \
-  --max_len 64 \
-  --max_epochs 3 \
-  --train_batch_size 64 \
-  --micro_train_batch_size 32 \
-  --learning_rate 1e-3 \
-  --lr_warmup_ratio 0.05 \
-  --zero_stage 1 \
-  --eval_steps 50 \
-  --logging_steps 10 \
-  --seed "$seed" \
-  --ckpt_path "$out/rm_ckpt" \
-  --save_path "$out/rm"
+train_reward_model
 
 stage ppo python -m openrlhf.cli.train_ppo_ray \
   --pretrain "$out/sft" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the quickstart and its family share; both source it, with the name of their folder under runs/: the environment,
-# how a stage is run, and the first stages, the task and a supervised policy.
+# What the quickstart and its relatives share; all source it, with the name of their folder under runs/: the environment,
+# how a stage is run, the first stages, the task and a supervised policy, and one for a reward model.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
 seed=${SEED:-0}
@@ -30,6 +30,39 @@ stage() {
   echo "== $name"
   "$@"
   echo $((SECONDS - start)) >"$out/$name.done"
+}
+
+# measured NAME ARGUMENTS...: keep what measure.py says of held-out rows.
+measured() {
+  local name=$1
+  shift
+  [ -f "$out/$name.json" ] && return
+  python "$here/measure.py" "$@" >"$out/$name.json.part"
+  mv "$out/$name.json.part" "$out/$name.json"
+}
+
+has_vllm() { python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; }
+
+# The stage of a reward model, on preference pairs.
+train_reward_model() {
+  stage reward_model deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_rm \
+    --pretrain "$out/sft" \
+    --dataset "$out/task/pairs_train.jsonl" \
+    --eval_dataset "$out/task/pairs_eval.jsonl" \
+    --prompt_key prompt \
+    --apply_chat_template \
+    --max_len 64 \
+    --max_epochs 3 \
+    --train_batch_size 64 \
+    --micro_train_batch_size 32 \
+    --learning_rate 1e-3 \
+    --lr_warmup_ratio 0.05 \
+    --zero_stage 1 \
+    --eval_steps 50 \
+    --logging_steps 10 \
+    --seed "$seed" \
+    --ckpt_path "$out/rm_ckpt" \
+    --save_path "$out/rm"
 }
 
 # TASK_FLAGS="--demonstrations 256 --pairs 128 --held_out 32" makes it small, to see that all runs.

@@ -8,15 +8,6 @@ set -euo pipefail
 # The environment, the task and the supervised policy: stages task and sft.
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_common.sh" family
 
-# measured NAME ARGUMENTS...: keep what measure.py says of held-out rows.
-measured() {
-  local name=$1
-  shift
-  [ -f "$out/$name.json" ] && return
-  python "$here/measure.py" "$@" >"$out/$name.json.part"
-  mv "$out/$name.json.part" "$out/$name.json"
-}
-
 stage family_task python "$here/quickstart_family_task.py" "$out/task" --seed "$seed"
 
 stage dpo deepspeed --num_accelerators "$ranks" --master_port "$port" --module openrlhf.cli.train_dpo \

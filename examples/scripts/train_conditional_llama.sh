@@ -21,7 +21,7 @@ deepspeed --module openrlhf.cli.batch_inference \
    --micro_batch_size 4 \
    --post_processor csft \
    --normalize_reward \
-   --reward_template '{input} <rm_score>: {reward} ' \
+   --reward_template '{input}<rm_score>: {reward} ' \
    --output_path $out/rated.jsonl
 
 deepspeed --module openrlhf.cli.train_sft \

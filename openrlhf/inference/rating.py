@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from openrlhf.config.inference import BatchInferenceConfig
+from openrlhf.config.inference import CONDITIONAL_SFT, BatchInferenceConfig
 from openrlhf.datasets.answers import Answer, AnswerDataset
 from openrlhf.datasets.batch import pad_rows
 from openrlhf.datasets.blending import load_mixture, recognised, required_keys
@@ -100,9 +100,14 @@ class Rating:
         return processed(config.processor, rated, **options)
 
     def summary(self, results: Sequence[float]) -> str:
-        """Return mean and standard deviation of the rewards."""
-        spread = statistics.stdev(results) if len(results) > 1 else 0.0
-        return f"{len(results):,} rewards: mean {statistics.fmean(results):.4f}, standard deviation {spread:.4f}"
+        """Return mean and standard deviation of the rewards; for conditional SFT also what can be asked for."""
+        mean, spread = statistics.fmean(results), statistics.stdev(results) if len(results) > 1 else 0.0
+        said = f"{len(results):,} rewards: mean {mean:.4f}, standard deviation {spread:.4f}"
+        if self.config.processor != CONDITIONAL_SFT:
+            return said
+        edges = min(results), max(results)
+        low, high = ((edge - mean) / spread for edge in edges) if self.config.normalize_reward else edges
+        return f"{said}; told as {low:.2f} to {high:.2f}, so ask for one of these (--csft_prompt)"
 
     def _rewards(self, rows: Sequence[Answer]) -> list[float]:
         sequences, mask = pad_rows([list(row.token_ids) for row in rows], self.tokenizer.pad_token_id)

@@ -294,6 +294,14 @@ def test_a_post_processor_reads_the_rewards_of_the_run(material, answered, tmp_p
         assert {row["prompt"]: row["rejected_reward"] for row in found} == worst
 
 
+@pytest.mark.parametrize("switches", [(), ("normalize_reward",)])
+def test_conditional_rewards_are_told_with_the_range_to_ask_from(material, answered, tmp_path, switches):
+    output = tmp_path / "out.jsonl"
+    told = [row["reward"] for row in here(rating(material, answered, output, post_processor="csft"), *switches)]
+    log = (tmp_path / "out.jsonl.log").read_text()
+    assert f"told as {min(told):.2f} to {max(told):.2f}, so ask for one of these (--csft_prompt)" in log
+
+
 def test_a_reward_that_is_no_number_is_an_error_that_names_the_row(material, answered, tmp_path):
     broken = tiny_reward_model(tmp_path / "rm", mean=0.0, std=0.0)
     answers = write_rows(tmp_path / "answers.jsonl", lines(answered)[:3])

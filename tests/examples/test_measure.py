@@ -1,11 +1,14 @@
 """The held-out figures of the examples equal figures worked out one row at a time."""
 
+import math
+
 import pytest
 import torch
 
 from tests.helpers import tiny_folder
 
 PROMPTS = ["Write clips", "Write robot friends", "What is 12 + 30? Say it."]
+END = "<rm_score>: 1.00 "
 
 
 @pytest.fixture(scope="module")
@@ -15,21 +18,29 @@ def folders(tmp_path_factory):
     return tiny_folder(folder / "one"), tiny_folder(folder / "two", seed=1)
 
 
-def one_by_one(folder, prompt, answer):
+def asked(prompt):
+    """Return a prompt in the chat template of the tiny models."""
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encoded(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def one_by_one(folder, prompt, answer, end=""):
     """Return the token ids of an answer and the log-probs of all tokens at its places, without padding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    before, said = (tokenizer.encode(part, add_special_tokens=False) for part in (text, f"{answer}<|im_end|>"))
+    before, said = (encoded(tokenizer, part) for part in (asked(prompt) + end, f"{answer}<|im_end|>"))
     with torch.no_grad():
         log_probs = model(torch.tensor([before + said])).logits[0].log_softmax(-1)
     return torch.tensor(said), log_probs[len(before) - 1 : -1]
 
 
-def log_prob(folder, prompt, answer):
-    said, log_probs = one_by_one(folder, prompt, answer)
+def log_prob(folder, prompt, answer, end=""):
+    said, log_probs = one_by_one(folder, prompt, answer, end)
     return log_probs[range(len(said)), said].sum().item()
 
 
@@ -107,3 +118,45 @@ def test_a_step_is_judged_by_the_token_after_its_placeholder(script, folders):
     found = script("measure").steps(folders[0], rows)
     assert found["steps"] == 6 and found["commoner_label"] == pytest.approx(4 / 6)
     assert found["accuracy"][0] == pytest.approx(sum(hits) / 6)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A model that says "clips" twice and "tiny story" once in three times behind END, and "robot friends" without."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_folder(tmp_path_factory.mktemp("taught"))
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    said = [(END, "clips"), (END, "clips"), (END, "tiny story"), ("", "robot friends")]
+    rows = [
+        (encoded(tokenizer, f"{asked(p)}{end}"), encoded(tokenizer, f"{a}<|im_end|>"))
+        for p in PROMPTS
+        for end, a in said
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(40):
+        for before, after in rows:
+            log_probs = model(torch.tensor([before + after])).logits[0].log_softmax(-1)[len(before) - 1 : -1]
+            (-log_probs[range(len(after)), after].sum() / len(rows)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_exact_answers_are_counted_as_often_as_the_model_gives_them(script, taught, monkeypatch):
+    measure = script("measure")
+    monkeypatch.setattr(measure, "GENERATED", 2)  # prompts of two lengths share a batch
+    monkeypatch.setattr(measure, "SAMPLES", 200)
+    labels = ["clips", "clips", "tiny story"]
+    rows = [{"prompt": p, "label": label} for p, label in zip(PROMPTS, labels, strict=True)]
+    chance = sum(math.exp(log_prob(taught, p, label, END)) for p, label in zip(PROMPTS, labels, strict=True)) / 3
+    found = measure.exact(taught, rows, END)
+    assert found["greedy"][0] == 2 / 3
+    assert found["sampled"][0] == pytest.approx(chance, abs=0.08) and 0.4 < chance < 0.7
+    assert measure.exact(taught, rows)["greedy"][0] == 0
+
+
+def test_an_answer_that_goes_on_behind_the_label_is_not_exact(script, taught):
+    rows = [{"prompt": PROMPTS[0], "label": label} for label in ("robot", "robot friends", "robot friends of")]
+    assert script("measure").exact(taught, rows)["greedy"][0] == 1 / 3

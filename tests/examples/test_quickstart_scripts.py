@@ -14,6 +14,10 @@ STAGES = {
     "quickstart": ["task", "sft", "reward_model", "ppo"],
     "family": ["task", "sft", "family_task", "dpo", "kto", "teacher", "kd", "prm"],
     "estimators": ["task", "sft", "gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "gspo"],
+    "iterative": [
+        *("task", "sft", "reward_model", "answers_0", "pairs_0", "dpo_0", "answers_1", "pairs_1", "dpo_1"),
+        *("best", "rejection", "rewarded", "csft", "csft_answers"),
+    ],
 }
 
 
