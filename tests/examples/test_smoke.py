@@ -49,8 +49,6 @@ def shown(name: str) -> list[str]:
 )
 def test_the_small_form_of_a_script_runs_its_commands_to_their_end(name, tmp_path):
     commands = shown(name)
-    if "batch_inference" in commands:
-        pytest.importorskip("openrlhf.cli.batch_inference")
     output = smoke(name, tmp_path)
     assert re.findall(r"^== .*?openrlhf\.cli\.(\w+)", output, flags=re.M) == commands
     folder = tmp_path / "smoke" / name
