@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -50,7 +51,7 @@ def anchors(page):
 
 
 def config_of(name):
-    return getattr(pytest.importorskip(f"openrlhf.config.{MODULES.get(name, 'supervised')}"), CONFIGS[name])
+    return getattr(import_module(f"openrlhf.config.{MODULES.get(name, 'supervised')}"), CONFIGS[name])
 
 
 @pytest.mark.parametrize(

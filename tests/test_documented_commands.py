@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def expand(word):
 
 
 def check(name, arguments):
-    module = pytest.importorskip(f"openrlhf.config.{MODULES.get(name, 'supervised')}")
+    module = import_module(f"openrlhf.config.{MODULES.get(name, 'supervised')}")
     also = placement_problems if name == "train_ppo_ray" else None
     parse(getattr(module, CONFIGS[name]), [*arguments, "--dry_run"], name, also)
 

@@ -7,23 +7,7 @@ import sys
 from difflib import get_close_matches
 from pkgutil import resolve_name
 
-COMMANDS = {
-    "sft": ("train_sft", "supervised fine-tuning and continued pre-training"),
-    "rm": ("train_rm", "a reward model from pairs of answers"),
-    "dpo": ("train_dpo", "preference optimisation on pairs: DPO, IPO, cDPO, SimPO, ORPO"),
-    "kto": ("train_kto", "preference optimisation on single answers"),
-    "kd": ("train_kd", "distillation from a larger model"),
-    "prm": ("train_prm", "a process reward model that judges steps"),
-    "ppo": ("train_ppo", "reinforcement learning in one program"),
-    "ppo-ray": ("train_ppo_ray", "reinforcement learning on Ray, with vLLM"),
-    "batch": ("batch_inference", "answers to a data set, or rewards of answers"),
-    "serve-rm": ("serve_rm", "a reward model over HTTP"),
-    "chat": ("interactive_chat", "talk to a model"),
-    "merge": ("lora_combiner", "an adapter merged into its base model"),
-    "report": ("report", "the report of a run folder"),
-    "migrate": ("migrate", "a script in the other spelling of its flags, or a TRL configuration as a command"),
-}
-"""What a person calls each module, and a line about it."""
+from openrlhf.config.commands import COMMANDS
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from openrlhf.cli.common import run
 from openrlhf.config.migrate import MigrateConfig
 from openrlhf.config.migration import migrated
 from openrlhf.config.trl import command_of, guessed, settings_of
-from openrlhf.errors import DataError
+from openrlhf.errors import DataError, InfraError
 
 
 def plan(config: MigrateConfig, _: int) -> list[str]:
@@ -31,18 +31,27 @@ def migrate(config: MigrateConfig) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--file {config.file} cannot be read: {error}") from None
     written, notes = _from_trl(config, text) if config.is_trl else _from_script(config, text)
+    _write(config, written)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _write(config: MigrateConfig, text: str) -> None:
     if config.output_path is None:
-        print(written, end="")
-    else:
-        Path(config.output_path).write_text(written, encoding="utf-8")
+        print(text, end="")
+        return
+    try:
+        Path(config.output_path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InfraError(
+            f"--output_path {config.output_path} cannot be written ({error.strerror}); name another place"
+        ) from None
 
 
 def _from_script(config: MigrateConfig, text: str) -> tuple[str, list[str]]:
     result = migrated(text, config.to)
     if not result.found:
-        raise DataError(f"{config.file} holds no command of openrlhf.cli with flags: nothing to rewrite")
+        raise DataError(f"{config.file} holds no command of this project with flags: nothing to rewrite")
     return result.text, result.notes
 
 

@@ -91,7 +91,7 @@ def _flag_words(table: Mapping[str, Flag], values: Mapping[str, Any]) -> dict[st
 def _settled(config: Any, given: dict[str, Any], reader: Reader, also: Problems | None, dry_run: bool = False) -> Any:
     """Return ``config`` with the values ``given`` and those that follow from them, unless something is wrong."""
     values = {name: entry.default for name, entry in reader.table.items()} | given
-    notices = _resolve(values, config.run_prefix)
+    notices = _other_default(given, reader) + _resolve(values, config.run_prefix)
     config = with_values(config, values)
     found = _ask(config, "problems") + (also(config) if also else [])
     found += [] if dry_run else missing_packages(values) + _missing_ranks(values)
@@ -110,6 +110,14 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
     command: Any = type(config)
     flat = {name: masked(name, entry.value(config)) for name, entry in flag_table(command).items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _other_default(given: dict[str, Any], reader: Reader) -> list[str]:
+    """Return what to tell a command with dotted flags and no data type, which is bf16 where it comes from."""
+    dotted = not reader.written.isdisjoint(reader.dialect.flat)
+    if not dotted or "bf16" not in reader.table or "bf16" in given:
+        return []
+    return ["weights are fp32: OpenRLHF 0.10 and later take bf16; --ds.param_dtype bf16 (or fp32) says which"]
 
 
 def _resolve(values: dict[str, Any], run_prefix: str) -> list[str]:

@@ -2,6 +2,9 @@
 
 ``--actor.model_name_or_path X`` is ``--pretrain X``. A dotted name that stands first for a flat one is what
 ``openrlhf.cli.migrate`` writes; where several must be given for the same effect there, it writes all of ``TWINS``.
+
+The names are those of the renames at 0.10.2, but for ``GUESSED``: these follow the pattern of the others. Reading one
+does no harm, since a flag that is not there is not written; ``migrate`` says so when it writes one.
 """
 
 from __future__ import annotations
@@ -164,6 +167,17 @@ PPO = {
 }
 TWINS = ("adam_betas", "l2", "lr_warmup_ratio", "max_norm", "ref_reward_offload")
 """Flat flags of PPO that are two dotted ones."""
+INFERENCE = {"data.dataset_split": "dataset_split"}
+"""What stands for another flag in ``batch_inference``, which calls it as later versions do."""
+GUESSED = {
+    *("data.output_key", "data.prompt_key", "data.chosen_key", "data.rejected_key", "data.tokenizer_chat_template"),
+    *("data.multiturn", "data.disable_fast_tokenizer", "ds.lora.target_modules", "ds.use_universal_ckpt"),
+    *("ds.enable_sleep", "model.aux_loss_coef", "model.gradient_checkpointing_enable"),
+    *("model.gradient_checkpointing_reentrant", "ref.model_name_or_path"),
+}
+"""Names of which only the section is known, or less."""
+OF_BOTH = {"lr_scheduler", "lr_warmup_ratio", "max_norm"}
+"""Flags of the supervised commands that have no dots there either."""
 SWITCHES = {
     "ds.param_dtype": {"bf16": "true", "fp32": "false"},
     "ds.attn_implementation": {"flash_attention_2": "true", "sdpa": "false", "eager": "false"},
@@ -182,6 +196,7 @@ class Dialect:
 
     def __init__(self, flags: Collection[str]):
         table = EVERYWHERE | (PPO if "reward_pretrain" in flags else SUPERVISED)
+        table |= INFERENCE if "dataset_split" in flags else {}
         self.flat = {dotted: flat for dotted, flat in table.items() if flat in flags}
         self.dotted: dict[str, list[str]] = {}
         for dotted, flat in self.flat.items():

@@ -8,7 +8,7 @@ from typing import ClassVar
 from openrlhf.config.checks import file_problems
 from openrlhf.config.flags import flag
 from openrlhf.config.migration import DOTTED, FLAT
-from openrlhf.config.trl import COMMANDS
+from openrlhf.config.trl_keys import COMMANDS
 
 
 @dataclass(frozen=True)

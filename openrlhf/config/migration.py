@@ -5,39 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from typing import Any
 
-from openrlhf.config.dialect import SWITCHES, Dialect
+from openrlhf.config.commands import COMMANDS, CONFIGS, config_class
+from openrlhf.config.dialect import GUESSED, OF_BOTH, SWITCHES, Dialect
 from openrlhf.config.flags import Flag, flag_table
 from openrlhf.config.help import COMMAND_FLAGS
 from openrlhf.config.reader import ALIASES
 from openrlhf.config.shell import Word, commands
 
-CONFIGS = {
-    "train_sft": "openrlhf.config.supervised:SFTConfig",
-    "train_rm": "openrlhf.config.supervised:RewardModelConfig",
-    "train_dpo": "openrlhf.config.supervised:DPOConfig",
-    "train_kto": "openrlhf.config.supervised:KTOConfig",
-    "train_kd": "openrlhf.config.supervised:KDConfig",
-    "train_prm": "openrlhf.config.supervised:PRMConfig",
-    "train_ppo": "openrlhf.config.ppo:PPOConfig",
-    "train_ppo_ray": "openrlhf.config.ppo_ray:RayPPOConfig",
-    "serve_rm": "openrlhf.config.serve:ServeConfig",
-    "batch_inference": "openrlhf.config.inference:BatchInferenceConfig",
-}
-"""Where the flags of each command are."""
 FLAT, DOTTED = "flat", "dotted"
+IN_DOTS = ("train_sft", "train_rm", "train_dpo", "train_ppo_ray")
+"""The commands whose flags have dots in OpenRLHF 0.10 and later."""
 MODULE = re.compile(r"(?:.*openrlhf[./]cli[./])(\w+?)(?:\.py)?")
+CONSOLE = re.compile(r"(?:.*/)?openrlhf")
 FLAG = re.compile(r"--([A-Za-z][\w.]*)")
-
-
-@cache
-def config_class(command: str) -> Any:
-    """Return the configuration class of a command."""
-    module, _, name = CONFIGS[command].partition(":")
-    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -90,6 +71,7 @@ def migrated(text: str, to: str | None = None) -> Migration:
     edits: list[tuple[int, int, str]] = []
     for command, flags in found:
         edits += _Rewriter(text, command, goal, result.notes).edits(flags)
+    result.notes = list(dict.fromkeys(result.notes))
     for start, end, new in sorted(edits, reverse=True):
         result.text = result.text[:start] + new + result.text[end:]
     return result
@@ -100,9 +82,9 @@ def _ours(text: str) -> list[tuple[str, list[Word]]]:
     found: list[tuple[str, list[Word]]] = []
     loose: list[list[Word]] = []
     for words in _all_commands(text):
-        place = next((index for index, word in enumerate(words) if _name(word)), None)
+        place = next((index for index in range(len(words)) if _name(words, index)), None)
         if place is not None:
-            found.append((_name(words[place]), words[place:]))
+            found.append((_name(words, place), words[place:]))
         elif FLAG.match(words[0].text):
             loose.append(words)
     if len({command for command, _ in found}) == 1:
@@ -120,9 +102,16 @@ def _all_commands(text: str) -> Iterator[list[Word]]:
                 yield from commands(text, inner.start, inner.end)
 
 
-def _name(word: Word) -> str:
-    found = MODULE.fullmatch(word.inside.text)
-    return found[1] if found and found[1] in CONFIGS else ""
+def _name(words: Sequence[Word], index: int) -> str:
+    """Return the command that a word names, the console script with the short name behind it; ``""`` if none."""
+    word = words[index].inside.text
+    module = MODULE.fullmatch(word)
+    name = module[1] if module else ""
+    is_value = index > 0 and FLAG.match(words[index - 1].text)
+    if name == "main" or (CONSOLE.fullmatch(word) and not is_value):
+        short = words[index + 1].inside.text if index + 1 < len(words) else ""
+        name = COMMANDS[short][0] if short in COMMANDS else ""
+    return name if name in CONFIGS else ""
 
 
 def _flags(command: str, words: Sequence[Word]) -> Iterator[Given]:
@@ -167,20 +156,24 @@ class _Rewriter:
             edit = self._dotted(given) if self.goal == DOTTED else self._flat(given, seen)
             if edit is not None:
                 found.append(edit)
-        if self.goal == FLAT and any("." in given.name for given in flags):
-            self._tell_type(flags)
+        self._tell_type(flags)
+        if self.goal == DOTTED and flags:
+            self._tell_other_versions(flags)
         return found
 
     def _dotted(self, given: Given) -> tuple[int, int, str] | None:
-        flat = ALIASES.get(given.name, given.name)
-        names = self.dialect.write(flat)
+        names = self._dotted_names(given)
         if not names:
             self._tell_unknown(given)
             return None
         rest = self.text[given.end : given.until]
-        if rest and names[0].split()[0] in SWITCHES:
-            return None  # --bf16=false has no dotted form of its own, and is read as it is
         return given.start, given.until, " ".join(f"--{name}{rest}" for name in names)
+
+    def _dotted_names(self, given: Given) -> list[str]:
+        """Return how the dotted forms of a flag begin; --bf16=false has none, and is read as it is."""
+        names = self.dialect.write(ALIASES.get(given.name, given.name))
+        has_rest = given.until > given.end
+        return [] if names and has_rest and names[0].split()[0] in SWITCHES else names
 
     def _flat(self, given: Given, seen: dict[str, tuple[str, ...]]) -> tuple[int, int, str] | None:
         flat = self.dialect.flat.get(given.name)
@@ -207,7 +200,36 @@ class _Rewriter:
             self.notes.append(f"--{given.name} is no flag of {self.command} here and stays")
 
     def _tell_type(self, flags: Sequence[Given]) -> None:
-        if not any(given.name in ("ds.param_dtype", "bf16") for given in flags):
+        """Tell of a data type that is left to the default, which is another one here and there."""
+        if any(given.name in ("ds.param_dtype", "bf16") for given in flags):
+            return
+        if self.goal == FLAT and any("." in given.name for given in flags):
+            fix = "add --bf16"
+        elif self.goal == DOTTED and flags and self.command in IN_DOTS:
+            fix = "name it with --ds.param_dtype"
+        else:
+            return
+        self.notes.append(
+            f"{self.command} names no data type: the default is fp32 here, and bf16 in OpenRLHF 0.10 and later; {fix}"
+        )
+
+    def _tell_other_versions(self, flags: Sequence[Given]) -> None:
+        """Tell what of a command with dots would not run, or might not, in OpenRLHF 0.10."""
+        if self.command not in IN_DOTS:
             self.notes.append(
-                f"{self.command} names no data type: the dotted default is bf16, the flat one fp32; add --bf16"
+                f"{self.command}: its dotted flags are read here; OpenRLHF 0.10 has them for {', '.join(IN_DOTS)}"
+            )
+            return
+        ours = {*self.table, *ALIASES, *(row[0] for row in COMMAND_FLAGS)} - OF_BOTH
+        flat = [given.name for given in flags if given.name in ours and not self._dotted_names(given)]
+        if flat:
+            self.notes.append(
+                f"{self.command}: no dotted form, so these stay as they are, and OpenRLHF 0.10 does not know them: "
+                + ", ".join(f"--{name}" for name in dict.fromkeys(flat))
+            )
+        guessed = [name for given in flags for name in self._dotted_names(given) if name in GUESSED]
+        if guessed:
+            self.notes.append(
+                f"{self.command}: OpenRLHF 0.10 may spell these otherwise: "
+                + ", ".join(f"--{name}" for name in dict.fromkeys(guessed))
             )

@@ -6,74 +6,12 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from openrlhf.config.commands import config_class
+from openrlhf.config.flags import flag_table
+from openrlhf.config.trl_keys import COLUMNS, COMMANDS, DEFAULTS
 from openrlhf.errors import DataError
 
 Settings = dict[str, Any]
-
-SHARED = {
-    "model_name_or_path": "pretrain",
-    "trust_remote_code": "trust_remote_code",
-    "output_dir": "save_path",
-    "num_train_epochs": "max_epochs",
-    "per_device_train_batch_size": "micro_train_batch_size",
-    "max_grad_norm": "max_norm",
-    "weight_decay": "l2",
-    "warmup_ratio": "lr_warmup_ratio",
-    "bf16": "bf16",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "use_liger_kernel": "use_liger_kernel",
-    "logging_steps": "logging_steps",
-    "seed": "seed",
-    "dataset_test_split": "eval_split",
-    "lora_r": "lora_rank",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "load_in_4bit": "load_in_4bit",
-    "packing": "packing_samples",
-}
-SUPERVISED = SHARED | {
-    "learning_rate": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler",
-    "dataset_name": "dataset",
-    "dataset_train_split": "train_split",
-    "max_length": "max_len",
-    "max_seq_length": "max_len",
-}
-COMMANDS: dict[str, dict[str, str]] = {
-    "train_sft": SUPERVISED,
-    "train_rm": SUPERVISED,
-    "train_dpo": SUPERVISED | {"beta": "beta", "label_smoothing": "label_smoothing", "rpo_alpha": "nll_loss_coef"},
-    "train_kto": SUPERVISED
-    | {
-        "beta": "beta",
-        "desirable_weight": "desirable_loss_weight",
-        "undesirable_weight": "undesirable_loss_weight",
-    },
-    "train_ppo_ray": SHARED
-    | {
-        "learning_rate": "actor_learning_rate",
-        "dataset_name": "prompt_data",
-        "dataset_train_split": "prompt_split",
-        "max_prompt_length": "prompt_max_len",
-        "max_completion_length": "generate_max_len",
-        "num_generations": "n_samples_per_prompt",
-        "num_iterations": "max_epochs",
-        "temperature": "temperature",
-        "top_p": "top_p",
-        "epsilon": "eps_clip",
-        "beta": "init_kl_coef",
-    },
-}
-"""Command -> key of TRL -> flag; what is no plain renaming is below."""
-COLUMNS = {
-    "train_sft": "--input_key messages --apply_chat_template",
-    "train_rm": "--prompt_key prompt --apply_chat_template",
-    "train_dpo": "--prompt_key prompt --apply_chat_template",
-    "train_kto": "--input_key prompt --output_key completion --label_key label --apply_chat_template",
-    "train_ppo_ray": "--input_key prompt --apply_chat_template",
-}
-"""The columns that TRL reads by itself."""
 
 
 def guessed(settings: Settings) -> str:
@@ -105,20 +43,56 @@ def settings_of(text: str, path: str) -> Settings:
 
 
 def command_of(settings: Settings, command: str, ranks: int) -> tuple[str, list[str]]:
-    """Return a shell command that does what ``settings`` ask of TRL, and one note for each key that it leaves out."""
-    left = {key: value for key, value in settings.items() if value is not None}
+    """Return a shell command that does what ``settings`` ask of TRL, and what to tell: a note for each key that it
+    leaves out, and one of the defaults that differ.
+
+    Raises:
+        DataError: a number that others are worked out from is none.
+    """
+    left = _typed({key: value for key, value in settings.items() if value is not None})
+    others = _other_defaults(left, command)
     words = [*_sizes(left, command, ranks), *_special(left, command)]
     renamed = COMMANDS[command]
+    notes, said = [], {}
     for key in [key for key in left if key in renamed]:
-        words += _flag(renamed[key], left.pop(key))
+        name, value = renamed[key], left.pop(key)
+        if name in said:
+            notes.append(f"{key}: {value} is left out: {said[name]} is --{name} too")
+        else:
+            said[name] = key
+            words += _flag(name, value)
     words.append(COLUMNS[command] if "--pretrain_mode" not in words else "")
     if command == "train_ppo_ray":
         launcher = "python3 -m"
     else:
         launcher = f"deepspeed --num_accelerators {ranks} --module" if ranks > 1 else "python3 -m"
     lines = [f"{launcher} openrlhf.cli.{command}", *(word for word in words if word)]
-    notes = [f"{key}: {value} has no counterpart and is left out" for key, value in left.items()]
-    return " \\\n   ".join(lines) + "\n", notes
+    notes += [f"{key}: {value} has no counterpart and is left out" for key, value in left.items()]
+    return " \\\n   ".join(lines) + "\n", notes + others
+
+
+def _typed(settings: Settings) -> Settings:
+    """Return settings whose weights of 16 bits are ``bf16``; those of 32 bits are what there is without it."""
+    kinds = {key: str(settings[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if key in settings}
+    said = {key for key, kind in kinds.items() if kind in ("bfloat16", "float32")}
+    kept = {key: value for key, value in settings.items() if key not in said}
+    return kept | {"bf16": True} if "bfloat16" in kinds.values() else kept
+
+
+def _other_defaults(settings: Settings, command: str) -> list[str]:
+    """Return what to tell of defaults that are others in TRL, for what ``settings`` do not name."""
+    table = flag_table(config_class(command))
+    found = [
+        f"--{name} {_shown(table[name].default)} ({_shown(value)})"
+        for name, (value, keys) in DEFAULTS[command].items()
+        if table[name].default != value and not {*keys} & {*settings}
+    ]
+    return [f"not named, so the defaults here hold (in brackets TRL's): {', '.join(found)}"] if found else []
+
+
+def _shown(value: Any) -> str:
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join({True: "on", False: "off"}[each] if isinstance(each, bool) else f"{each}" for each in values)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -131,13 +105,20 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _sizes(left: Settings, command: str, ranks: int) -> list[str]:
     """Return the flags of a step, which TRL counts by device and by accumulated micro-batches."""
-    micro = left.get("per_device_train_batch_size", 8)
-    size = micro * left.pop("gradient_accumulation_steps", 1) * ranks
+    micro = left.setdefault("per_device_train_batch_size", 8)
+    accumulated = left.pop("gradient_accumulation_steps", 1)
+    answers = left.get("num_generations", 8)
+    counts = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulated}
+    for key, value in (counts | {"num_generations": answers}).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(
+                f"{key}: {value!r} is no whole number above 0: write one, the size of a step follows from it"
+            )
+    size = micro * accumulated * ranks
     words = _flag("train_batch_size", size)
     if command != "train_ppo_ray":
         return words
-    asked = max(1, size // left.get("num_generations", 8))
-    words += _flag("rollout_batch_size", asked) + _flag("micro_rollout_batch_size", micro)
+    words += _flag("rollout_batch_size", max(1, size // answers)) + _flag("micro_rollout_batch_size", micro)
     words += _flag("actor_num_gpus_per_node", ranks)
     return words + (_flag("ref_num_gpus_per_node", ranks) + ["--colocate_actor_ref"] if left.get("beta") else [])
 

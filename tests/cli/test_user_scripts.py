@@ -25,7 +25,7 @@ from tests.cli.supervised import ROOT, environment
 from tests.test_documented_commands import check, commands_of
 
 EXAMPLES = ROOT / "examples/scripts"
-GIVEN = Path(os.environ.get("OPENRLHF_USER_SCRIPTS", ROOT.parent / "shared" / "user_scripts"))
+GIVEN = os.environ.get("OPENRLHF_USER_SCRIPTS", "")
 BY_MODULE = "deepspeed --module openrlhf.cli.train_ppo"
 BY_PATH = "deepspeed --master_port 61000 openrlhf/cli/train_ppo.py"
 KEY, MODELSCOPE = " \\\n   --use_wandb {wandb_token}", " \\\n   --load_checkpoint \\\n   --use_ms"
@@ -54,8 +54,8 @@ def form(name: str) -> str:
 
 
 def given() -> list[Path]:
-    """Return further scripts, of users."""
-    return sorted(GIVEN.glob("*.sh"))
+    """Return further scripts, of users; none unless a folder is named."""
+    return sorted(Path(GIVEN).glob("*.sh")) if GIVEN else []
 
 
 def texts() -> dict[str, str]:
@@ -116,10 +116,10 @@ def test_a_ray_cluster_takes_it_as_a_job(tmp_path):
             assert steps_planned(output) and "succeeded" in output
 
 
-def test_the_given_scripts_are_tested_too():
-    if not given():
-        pytest.skip(f"{GIVEN} holds no scripts; OPENRLHF_USER_SCRIPTS names another folder")
-    assert {f"given/{path.name}" for path in given()} <= {*LAUNCHED, *JOBS_OF_RAY}
+def test_the_folder_of_further_scripts_holds_some():
+    if not GIVEN:
+        pytest.skip("OPENRLHF_USER_SCRIPTS names no folder of further scripts to run")
+    assert given(), f"OPENRLHF_USER_SCRIPTS names {GIVEN}, which holds no .sh file"
 
 
 @contextmanager

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from openrlhf.cli.common import run
 from openrlhf.config.arguments import parse
-from openrlhf.config.dialect import EVERYWHERE, PPO, SUPERVISED, SWITCHES, TWINS, Dialect
+from openrlhf.config.dialect import EVERYWHERE, GUESSED, PPO, SUPERVISED, SWITCHES, TWINS, Dialect
 from openrlhf.config.flags import flag_table
+from openrlhf.config.inference import BatchInferenceConfig
 from openrlhf.config.ppo import PPOConfig
 from openrlhf.config.ppo_ray import RayPPOConfig
 from openrlhf.config.serve import ServeConfig
@@ -27,6 +31,15 @@ COMMANDS = (
 DPO = ["--model.model_name_or_path", "model", "--data.dataset", "rows.jsonl", "--data.prompt_key", "prompt"]
 RAY = ["--actor.model_name_or_path", "model", "--data.prompt_dataset", "rows.jsonl"]
 RAY += ["--reward.model_name_or_path", "rm"]
+ROWS = json.loads((Path(__file__).parents[1] / "data/dotted.json").read_text(encoding="utf-8"))
+"""The renames of OpenRLHF 0.10.2: flat flag -> dotted ones; ``data.*`` is a section where it keeps its name."""
+LATER = {
+    "max_new_tokens": "generate_max_len",
+    "param_dtype": "bf16",
+    "attn_implementation": "flash_attn",
+    "dataset_split": "train_split",
+}
+"""Flat flags that had other names before 0.10 than in 0.5, which are those of here."""
 
 
 def dpo(*words):
@@ -41,6 +54,68 @@ def problems(config, *words):
     with pytest.raises(UsageError) as error:
         config(*words)
     return error.value.problems
+
+
+def renames(command):
+    """Return flag of here -> its dotted names, for flags that are in OpenRLHF."""
+    rows = ROWS["everywhere"] | ROWS["train_ppo_ray" if command is RayPPOConfig else "supervised"]
+    return {LATER.get(flat, flat): [in_section(name, flat) for name in names] for flat, names in rows.items()}
+
+
+def in_section(name, flat):
+    section = name.removesuffix(".*")
+    return name if section == name else f"{section}.{flat.removeprefix(section.rpartition('.')[2] + '_')}"
+
+
+@pytest.mark.parametrize("command", [SFTConfig, RewardModelConfig, DPOConfig, RayPPOConfig])
+def test_the_dotted_names_are_those_of_the_renames(command):
+    table, expected = flag_table(command), renames(command)
+    found = Dialect(table).flat
+    there = {name: flat for flat, names in expected.items() for name in names if flat in table and "." in name}
+    assert {name: found.get(name) for name in there} == there
+    elsewhere = {name for names in renames(RayPPOConfig).values() for name in names}
+    assert {*found} - {*there} <= GUESSED | elsewhere, "a name of our own is a guess, and said to be one"
+    if command is RayPPOConfig:
+        assert {flat for flat, names in expected.items() if len(names) == 2 and flat in table} == {*TWINS}
+
+
+def test_what_is_not_here_is_not_taken_for_something_else():
+    known = {name for command in COMMANDS for name in flag_table(command)}
+    for command in (SFTConfig, RayPPOConfig):
+        missing = [name for flat, names in renames(command).items() if flat not in known for name in names]
+        assert missing and {*missing}.isdisjoint(Dialect(flag_table(command)).flat)
+
+
+def test_the_page_on_migration_lists_what_is_not_here():
+    page = (Path(__file__).parents[2] / "docs/migration/openrlhf.md").read_text(encoding="utf-8")
+    known = {name for command in COMMANDS for name in flag_table(command)}
+    missing = [row for rows in ROWS.values() for row in rows.items() if LATER.get(row[0], row[0]) not in known]
+    for flat, names in missing:
+        assert f"`{flat}`" in page, flat
+        assert all(f"`{name if flat == 'muon' else in_section(name, flat)}`" in page for name in names), flat
+    assert len(missing) > 10
+
+
+def test_guesses_are_names_that_the_renames_do_not_give():
+    given = {name for command in (SFTConfig, RayPPOConfig) for names in renames(command).values() for name in names}
+    assert {*EVERYWHERE, *SUPERVISED, *PPO} >= GUESSED and GUESSED.isdisjoint(given)
+
+
+def test_the_split_of_batch_inference_has_its_own_name():
+    words = ["--data.dataset", "d", "--data.dataset_split", "dev", "--model.model_name_or_path", "m"]
+    words += ["--eval_task", "generate", "--output_path", "o", "--bf16"]
+    assert parse(BatchInferenceConfig, words, "batch_inference")[0].data.dataset_split == "dev"
+
+
+def test_dots_without_a_data_type_are_told_that_it_is_another_one(capsys):
+    told = "note: weights are fp32: OpenRLHF 0.10 and later take bf16; --ds.param_dtype bf16 (or fp32) says which"
+    dpo()
+    assert told in capsys.readouterr().err
+    for words in (["--ds.param_dtype", "bf16"], ["--ds.param_dtype", "fp32"], ["--bf16"]):
+        dpo(*words)
+        assert "weights are fp32" not in capsys.readouterr().err
+    parse(DPOConfig, ["--pretrain", "m", "--dataset", "d"], "train_dpo")
+    assert "weights are fp32" not in capsys.readouterr().err
 
 
 def test_every_dotted_flag_is_a_flag_of_some_command():

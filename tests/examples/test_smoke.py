@@ -62,8 +62,6 @@ def in_ci(tmp_path_factory) -> Iterator[dict[str, tuple[Path, Future]]]:
 )
 def test_the_small_form_of_a_script_runs_its_commands_to_their_end(name, request, tmp_path):
     commands = shown(name)
-    if "batch_inference" in commands:
-        pytest.importorskip("openrlhf.cli.batch_inference")
     if name in IN_CI:
         folder, running = request.getfixturevalue("in_ci")[name]
         output = running.result()
