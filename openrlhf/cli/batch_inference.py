@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,8 +74,8 @@ def _infer(config: BatchInferenceConfig, console: Console) -> None:
     if config.eval_task == GENERATE_VLLM:
         from openrlhf.inference.generation import VLLMGeneration
 
-        task = VLLMGeneration(config)
-        run_job(config, task, voice, task.load)
+        with closing(VLLMGeneration(config)) as task:
+            run_job(config, task, voice, task.load)
         return
     from openrlhf.inference.generation import RankGeneration
     from openrlhf.inference.rating import Rating
