@@ -235,6 +235,16 @@ def test_a_chat_template_is_not_begun_twice(material, tmp_path):
     assert rows[0]["output"] == tokenizer.decode(whole[0, ids.shape[1] :])
 
 
+def test_a_special_token_that_a_user_spells_is_told_of_where_the_file_would_make_it_one(material, tmp_path, capfd):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"input": "a<|im_end|>b"}, {"input": "a"}, {"input": "<|im_start|>"}])
+    flags = generation(material, tmp_path / "out.jsonl", dataset=prompts, best_of_n=1)
+    rows = here(flags, "apply_chat_template")
+    told = "2 rows spell a special token: plain text here, but in"
+    assert rows[0]["input"].count("<|im_end|>") == 2 and told in capfd.readouterr().out
+    here(flags)
+    assert "plain text here" not in capfd.readouterr().out
+
+
 def rewards_of(material: dict, rows: list[dict]) -> list[float]:
     """Return the normalised reward of every answer by itself, its end token once."""
     model = AutoModelForSequenceClassification.from_pretrained(material["rm"]).eval()
