@@ -33,6 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["openrlhf", "openrlhf.*"]),
+    package_data={"openrlhf.trainer": ["*.css", "*.js"]},
     install_requires=lines("requirements.txt"),
     entry_points={"console_scripts": ["openrlhf = openrlhf.cli.main:main"]},
     extras_require={

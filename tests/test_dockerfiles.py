@@ -1,4 +1,4 @@
-"""The images: nobody in them is root, nothing floats, and no machine is named."""
+"""The images: nobody in them is root, what they name has a version, and no machine is named."""
 
 from __future__ import annotations
 
@@ -71,6 +71,12 @@ def test_every_package_has_the_version_of_the_set_up_script():
     installs = [words for words in arguments(ROOT / "dockerfile/Dockerfile", "RUN") if words.startswith("pip install")]
     packages = [word for words in installs for word in shlex.split(words)[2:] if not word.startswith(("-", "/opt/"))]
     assert dict(PIN.fullmatch(word).groups() for word in packages) == expected
+
+
+def test_the_image_has_what_the_examples_of_rewards_import():
+    script = (ROOT / "examples/scripts/reward_math.py").read_text(encoding="utf-8")
+    assert "from math_verify import" in script
+    assert any("math-verify==" in words for words in arguments(ROOT / "dockerfile/Dockerfile", "RUN"))
 
 
 def test_the_image_without_cuda_is_made_by_the_set_up_script():

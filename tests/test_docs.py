@@ -21,8 +21,8 @@ from tests import test_documented_commands as documented
 
 DOCS = documented.ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-CONFIGS = {**documented.CONFIGS, "lora_combiner": "CombinerConfig", "batch_inference": "BatchInferenceConfig"}
-MODULES = {**documented.MODULES, "lora_combiner": "combiner", "batch_inference": "inference"}
+CONFIGS = {**documented.CONFIGS, "lora_combiner": "CombinerConfig", "interactive_chat": "ChatConfig"}
+MODULES = {**documented.MODULES, "lora_combiner": "combiner", "interactive_chat": "chat"}
 TOOLS = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers", "latex2mathml")
 OF_OTHER_PROGRAMS = {"dry_run", "config", "help", "module", "master_port", "init", "generate", "runtime"}
 OF_OTHER_VERSIONS = {

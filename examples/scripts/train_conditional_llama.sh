@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Conditional SFT of an 8B model on eight GPUs: every answer is rated, and the policy learns to write answers of the
 # rating that its prompt names. Afterwards a high rating is asked for.
+# Started again after an interruption it goes on where it stood: what a stage has written whole is not made again.
 set -euo pipefail
 [ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 export VLLM_WORKER_MULTIPROC_METHOD=spawn
@@ -8,7 +9,7 @@ export VLLM_WORKER_MULTIPROC_METHOD=spawn
 out=./checkpoint/llama3-8b-csft
 mkdir -p $out
 
-deepspeed --module openrlhf.cli.batch_inference \
+[ -e $out/rated.jsonl ] || deepspeed --module openrlhf.cli.batch_inference \
    --eval_task rm \
    --pretrain OpenRLHF/Llama-3-8b-rm-mixture \
    --bf16 \
@@ -24,7 +25,7 @@ deepspeed --module openrlhf.cli.batch_inference \
    --reward_template '{input}<rm_score>: {reward} ' \
    --output_path $out/rated.jsonl
 
-deepspeed --module openrlhf.cli.train_sft \
+[ -e $out/policy/config.json ] || deepspeed --module openrlhf.cli.train_sft \
    --pretrain meta-llama/Meta-Llama-3-8B-Instruct \
    --dataset $out/rated.jsonl \
    --input_key input \
@@ -41,9 +42,12 @@ deepspeed --module openrlhf.cli.train_sft \
    --packing_samples \
    --gradient_checkpointing \
    --ckpt_path $out/checkpoints \
+   --save_steps 100 \
+   --max_ckpt_num 1 \
+   --load_checkpoint \
    --save_path $out/policy
 
-python3 -m openrlhf.cli.batch_inference \
+[ -e $out/answers.jsonl ] || python3 -m openrlhf.cli.batch_inference \
    --eval_task generate_vllm \
    --pretrain $out/policy \
    --bf16 \

@@ -2,6 +2,7 @@
 # Iterative DPO of an 8B model on eight GPUs. A round answers prompts of its own several times with the policy of the
 # round before, rates the answers, and trains on the best and the worst answer to each prompt; the reference stays the
 # first policy. ROUNDS=n sets the rounds.
+# Started again after an interruption it goes on where it stood: what a stage has written whole is not made again.
 set -euo pipefail
 [ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 export VLLM_WORKER_MULTIPROC_METHOD=spawn
@@ -12,7 +13,7 @@ policy=$first
 mkdir -p $out
 
 for ((round = 0; round < ${ROUNDS:-5}; round++)); do
-  python3 -m openrlhf.cli.batch_inference \
+  [ -e "$out/answers-$round.jsonl" ] || python3 -m openrlhf.cli.batch_inference \
      --eval_task generate_vllm \
      --pretrain "$policy" \
      --bf16 \
@@ -31,7 +32,7 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --rollout_batch_size 10240 \
      --output_path "$out/answers-$round.jsonl"
 
-  deepspeed --module openrlhf.cli.batch_inference \
+  [ -e "$out/pairs-$round.jsonl" ] || deepspeed --module openrlhf.cli.batch_inference \
      --eval_task rm \
      --pretrain OpenRLHF/Llama-3-8b-rm-mixture \
      --bf16 \
@@ -42,7 +43,7 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --post_processor iter_dpo \
      --output_path "$out/pairs-$round.jsonl"
 
-  deepspeed --module openrlhf.cli.train_dpo \
+  [ -e "$out/policy-$round/config.json" ] || deepspeed --module openrlhf.cli.train_dpo \
      --pretrain "$policy" \
      --ref_pretrain "$first" \
      --dataset "$out/pairs-$round.jsonl" \
@@ -59,6 +60,9 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --packing_samples \
      --gradient_checkpointing \
      --ckpt_path "$out/checkpoints-$round" \
+     --save_steps 20 \
+     --max_ckpt_num 1 \
+     --load_checkpoint \
      --save_path "$out/policy-$round"
   policy=$out/policy-$round
 done

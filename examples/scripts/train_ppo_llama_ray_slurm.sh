@@ -19,11 +19,18 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist "$first" hostname --ip-address | 
 # --block keeps a machine in the cluster until the job ends.
 srun --overlap --nodes=1 --ntasks=1 --nodelist "$first" \
    ray start --head --node-ip-address "$address" --port 6379 --num-gpus 8 --block &
+head=$!
 for machine in "${machines[@]:1}"; do
   srun --overlap --nodes=1 --ntasks=1 --nodelist "$machine" \
      ray start --address "$address:6379" --num-gpus 8 --block &
 done
+# The head has five minutes to answer: without it the machines would idle until the time limit of the SLURM job.
+tries=0
 until srun --overlap --nodes=1 --ntasks=1 --nodelist "$first" ray job list --address http://127.0.0.1:8265; do
+  if ((++tries == 60)) || ! kill -0 "$head"; then
+    echo "error: the head of the Ray cluster on $first does not answer, or has ended; see above" >&2
+    exit 1
+  fi
   sleep 5
 done
 

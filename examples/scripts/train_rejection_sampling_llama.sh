@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Rejection sampling with an 8B model on eight GPUs. A round answers prompts of its own several times with the policy of
 # the round before, rates the answers, and trains on the best answer to each prompt. ROUNDS=n sets the rounds.
+# Started again after an interruption it goes on where it stood: what a stage has written whole is not made again.
 set -euo pipefail
 [ "${SMOKE:-0}" = 0 ] || source "$(dirname "${BASH_SOURCE[0]}")/smoke.sh"
 export VLLM_WORKER_MULTIPROC_METHOD=spawn
@@ -10,7 +11,7 @@ policy=OpenRLHF/Llama-3-8b-sft-mixture
 mkdir -p $out
 
 for ((round = 0; round < ${ROUNDS:-5}; round++)); do
-  python3 -m openrlhf.cli.batch_inference \
+  [ -e "$out/answers-$round.jsonl" ] || python3 -m openrlhf.cli.batch_inference \
      --eval_task generate_vllm \
      --pretrain "$policy" \
      --bf16 \
@@ -29,7 +30,7 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --rollout_batch_size 10240 \
      --output_path "$out/answers-$round.jsonl"
 
-  deepspeed --module openrlhf.cli.batch_inference \
+  [ -e "$out/best-$round.jsonl" ] || deepspeed --module openrlhf.cli.batch_inference \
      --eval_task rm \
      --pretrain OpenRLHF/Llama-3-8b-rm-mixture \
      --bf16 \
@@ -40,7 +41,7 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --post_processor rs \
      --output_path "$out/best-$round.jsonl"
 
-  deepspeed --module openrlhf.cli.train_sft \
+  [ -e "$out/policy-$round/config.json" ] || deepspeed --module openrlhf.cli.train_sft \
      --pretrain "$policy" \
      --dataset "$out/best-$round.jsonl" \
      --input_key input \
@@ -57,6 +58,9 @@ for ((round = 0; round < ${ROUNDS:-5}; round++)); do
      --packing_samples \
      --gradient_checkpointing \
      --ckpt_path "$out/checkpoints-$round" \
+     --save_steps 20 \
+     --max_ckpt_num 1 \
+     --load_checkpoint \
      --save_path "$out/policy-$round"
   policy=$out/policy-$round
 done

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from openrlhf.strategy import signals
 from openrlhf.trainer.console import OURS, Console, noise_to, our_lines
 
 if TYPE_CHECKING:
+    from openrlhf.datasets.rows import TokenisedRows
     from openrlhf.strategy.deepspeed import DeepSpeedStrategy
 
 
@@ -74,15 +75,27 @@ def _infer(config: BatchInferenceConfig, console: Console) -> None:
     if config.eval_task == GENERATE_VLLM:
         from openrlhf.inference.generation import VLLMGeneration
 
-        task = VLLMGeneration(config)
-        run_job(config, task, voice, task.load)
+        with closing(VLLMGeneration(config)) as task:
+            _warn(task.rows, config)
+            run_job(config, task, voice, task.load)
         return
     from openrlhf.inference.generation import RankGeneration
     from openrlhf.inference.rating import Rating
 
     task = Rating(config) if config.eval_task == RATE else RankGeneration(config)
+    _warn(task.rows, config)
     with _joined(config) as strategy:
         run_job(config, task, voice, partial(task.load, strategy), strategy.comm)
+
+
+def _warn(rows: TokenisedRows, config: BatchInferenceConfig) -> None:
+    """Tell of texts that will be read otherwise from the output than they are here."""
+    if count := rows.spelled_as_text:
+        OURS.warning(
+            f"{count:,} row{' spells' if count == 1 else 's spell'} a special token: plain text here, but in "
+            f"{config.output_path} it looks like the template's own, and what trains on that file or rates it takes "
+            "it as the token; --special_tokens_in_text error names the row"
+        )
 
 
 @contextmanager

@@ -25,6 +25,8 @@ HELP = f"""/reset or clear     forget what was said
 /show               show the sampling
 /exit or exit       leave; the end of the input does too
 A line that is meant for the model and begins with / gets a space before it."""
+CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
+"""Characters that may command a terminal: to move the cursor, set its title, read its clipboard."""
 
 
 def plan(config: ChatConfig, _: int) -> list[str]:
@@ -102,7 +104,8 @@ def _next_line() -> str | None:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    """Print a piece of an answer, without what a terminal would take for a command."""
+    print(text.translate(CONTROLS), end="", flush=True)
 
 
 def _tell(text: str) -> None:

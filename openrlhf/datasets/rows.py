@@ -74,6 +74,11 @@ class TokenisedRows:
         """Changes with every row, and with their order and number; None without ``PARTS``."""
         return self._rows.digest if self.PARTS else None
 
+    @property
+    def spelled_as_text(self) -> int:
+        """How many rows spell a special token that is read as plain text."""
+        return self._render.rows_spelling if self._render.spelled == "text" else 0
+
     def __len__(self) -> int:
         return len(self._rows)
 

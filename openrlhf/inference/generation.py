@@ -118,7 +118,9 @@ class RankGeneration(Generation):
 
 
 class VLLMGeneration(Generation):
-    """Answering with vLLM in this process."""
+    """Answering with vLLM in this process, which keeps its memory until :meth:`close`."""
+
+    _engine: VLLMEngine | None = None
 
     def load(self) -> None:
         """Start vLLM."""
@@ -137,6 +139,11 @@ class VLLMGeneration(Generation):
     def work(self, rows: Sequence[Prompt]) -> list[Answers]:
         """Return the answers to each prompt."""
         return self._answers(self._engine.generate(list(rows), self.sampling))
+
+    def close(self) -> None:
+        """Stop vLLM, where it was started."""
+        if self._engine is not None:
+            self._engine.close()
 
 
 def read_prompts(config: BatchInferenceConfig, tokenizer: Any) -> PromptDataset:

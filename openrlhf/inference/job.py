@@ -24,6 +24,8 @@ INDIFFERENT = {
     *("post_processor", "normalize_reward", "reward_template"),  # they come behind
 }
 """Flags that results do not depend on by their value."""
+SPEED = ("micro_batch_size", "max_num_seqs", "tp_size", "zero_stage", "enable_prefix_caching", "window_size")
+"""Flags that results depend on by rounding only, such as one changes after running out of memory."""
 PACKAGES = ("torch", "transformers", "vllm")
 
 
@@ -57,7 +59,7 @@ class Voice:
 def run_job(
     config: BatchInferenceConfig, task: Task, voice: Voice, load: Callable[[], None], comm: Comm | None = None
 ) -> None:
-    """Work on the windows that are not done yet and publish ``--output_path``; all ranks of ``comm`` call it.
+    """Work on the rows that are not done yet and publish ``--output_path``; all ranks of ``comm`` call it.
 
     ``load()`` loads the model, where there is work to do.
 
@@ -66,21 +68,21 @@ def run_job(
         UsageError: another process is writing it.
     """
     comm, rows = comm or SoloComm(), task.rows
-    starts = range(0, len(rows), config.window_size)
-    windows = [[rows[index].uid for index in _window(rows, start, config)] for start in starts]
     file = None
     if comm.rank == 0:
-        file = WindowFile(Path(config.output_path), job_key(config, rows), windows, voice.say)
+        uids, key, speed = [row.uid for row in rows], job_key(config, rows), speed_flags(config)
+        file = WindowFile(Path(config.output_path), key, speed, uids, voice.say)
     comm.barrier("what the first rank reads", PATIENCE_S)  # every weight, for the key
     done = comm.broadcast_object(file.done if file else None)
-    if done < len(windows):
+    if done < len(rows):
         load()
     clock = time.monotonic()
-    for number, start in list(enumerate(starts))[done:]:
-        results = task.work([rows[index] for index in _window(rows, start, config)])
+    for start in range(done, len(rows), config.window_size):
+        end = min(start + config.window_size, len(rows))
+        results = task.work([rows[index] for index in range(start, end)])
         if file:
             file.add(results)
-            voice.status(_progress(number + 1, windows, number + 1 - done, time.monotonic() - clock))
+            voice.status(_progress(end, len(rows), end - done, time.monotonic() - clock))
     if file:
         results = file.results
         lines = task.lines(results)
@@ -92,12 +94,19 @@ def run_job(
 
 
 def job_key(config: BatchInferenceConfig, rows: Sequence[Any]) -> str:
-    """Return a hash of all that the results of ``rows`` depend on."""
-    flags = {name: value for name, value in to_flat_dict(config).items() if name not in INDIFFERENT}
+    """Return a hash of all that the results of ``rows`` depend on by more than rounding."""
+    indifferent = {*INDIFFERENT, *SPEED}
+    flags = {name: value for name, value in to_flat_dict(config).items() if name not in indifferent}
     path = config.model.pretrain
     versions = [_version(package) for package in PACKAGES]
     parts = (flags, model_identity(path) or path, fingerprint(rows), versions)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def speed_flags(config: BatchInferenceConfig) -> dict[str, Any]:
+    """Return the flags that results depend on by rounding only."""
+    flags = to_flat_dict(config)
+    return {name: flags[name] for name in SPEED}
 
 
 def _version(package: str) -> str | None:
@@ -107,12 +116,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _window(rows: Sequence[Any], start: int, config: BatchInferenceConfig) -> range:
-    return range(start, min(start + config.window_size, len(rows)))
-
-
-def _progress(number: int, windows: Sequence[Sequence[str]], fresh: int, seconds: float) -> str:
-    """Return where the job stands after ``number`` windows, of which this process did ``fresh``."""
-    done, total = (sum(map(len, part)) for part in (windows[:number], windows))
-    pace = sum(map(len, windows[number - fresh : number])) / max(seconds, 1e-9)
+def _progress(done: int, total: int, fresh: int, seconds: float) -> str:
+    """Return where the job stands after ``done`` rows, of which this process did ``fresh``."""
+    pace = fresh / max(seconds, 1e-9)
     return f"{done:,} of {total:,} rows, {pace:.1f} a second, about {(total - done) / pace:,.0f} s left"

@@ -1,7 +1,8 @@
 """A file of results that grows window by window, survives a kill at any moment, and is published when it is whole.
 
-``<output>.partial`` holds one line that says what it is made of, then one line a window. A line that was cut short is
-taken off by whoever goes on; ``<output>`` itself only ever appears by a rename. Light to import: no torch.
+``<output>.partial`` holds one line that says what it is made of, then one line a window, of any number of rows. A line
+that was cut short is taken off by whoever goes on; ``<output>`` itself only ever appears by a rename. Light to import:
+no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +26,44 @@ class WindowFile:
     Args:
         output: the file to publish.
         key: changes with everything that results depend on; another key's windows are moved aside.
-        windows: the uids of the rows of every window.
+        speed: flags that results depend on by rounding only; windows of others are kept, and the user hears of it.
+        uids: one a row.
         say: takes a line for the user.
+
+    Attributes:
+        results: of all rows so far, in their order.
 
     Raises:
         UsageError: another process is writing the same file.
         InfraError: the disk refuses.
     """
 
-    def __init__(self, output: Path, key: str, windows: Sequence[Sequence[str]], say: Callable[[str], None]):
+    def __init__(
+        self, output: Path, key: str, speed: Mapping[str, Any], uids: Sequence[str], say: Callable[[str], None]
+    ):
         self.output, self.path = output, output.with_name(f"{output.name}.partial")
-        self._windows = windows
-        self._results: list[list[Any]] = []
+        self.results: list[Any] = []
+        self._uids, self._say = uids, say
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._claimed()
-            self._take_up(key, say)
+            self._take_up({"key": key, "speed": dict(speed)})
         except OSError as error:
             raise self._refused(error) from error
 
     @property
     def done(self) -> int:
-        """The number of windows that are in the file."""
-        return len(self._results)
-
-    @property
-    def results(self) -> list[Any]:
-        """The results of all rows so far, in their order."""
-        return [result for window in self._results for result in window]
+        """The number of rows whose results are in the file."""
+        return len(self.results)
 
     def add(self, results: list[Any]) -> None:
-        """Append the results of the next window, one a row, and wait until they are on the disk."""
+        """Append the results of the next rows, one a row, and wait until they are on the disk."""
+        uids = self._uids[self.done : self.done + len(results)]
         try:
-            self._append({"uids": list(self._windows[self.done]), "results": results})
+            self._append({"uids": list(uids), "results": results})
         except OSError as error:
             raise self._refused(error) from error
-        self._results.append(results)
+        self.results += results
 
     def publish(self, rows: Iterable[dict]) -> None:
         """Write ``rows`` to the output in one go, and take the partial file away."""
@@ -94,33 +97,45 @@ class WindowFile:
                 raise
         return file
 
-    def _take_up(self, key: str, say: Callable[[str], None]) -> None:
+    def _take_up(self, header: dict[str, Any]) -> None:
         """Read the whole windows of an earlier process, and cut off what is behind them."""
-        header = _line({"key": key})
         first = self._file.readline()
-        if first.endswith(b"\n") and first != header:
-            aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-            self.path.rename(aside)
-            self._file.close()
-            self._file = self._claimed()
-            say(f"starting afresh: what {self.path} held is of another model, data or flags, and now in {aside.name}")
-        elif first == header:
-            while self.done < len(self._windows) and self._read_window():
+        found = _content_of(first)
+        if first.endswith(b"\n") and found.get("key") != header["key"]:
+            self._move_aside()
+        elif found:
+            while self._read_window():
                 pass
-            rows = len(self.results)
-            say(f"going on behind the {rows:,} row{'' if rows == 1 else 's'} that {self.path} holds")
+            self._say(f"going on behind the {self.done:,} row{'' if self.done == 1 else 's'} that {self.path} holds")
+            self._say_changed(found.get("speed") or {}, header["speed"])
             return
         self._file.seek(0)
         self._file.truncate()
-        self._append({"key": key})
+        self._append(header)
+
+    def _move_aside(self) -> None:
+        """Keep the file of another key under another name and begin a new one."""
+        aside = self.path.with_name(f"{self.path.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.path.rename(aside)
+        self._file.close()
+        self._file = self._claimed()
+        self._say(
+            f"starting afresh: what {self.path} held is of another model, data or flags, and now in {aside.name}"
+        )
+
+    def _say_changed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Tell of flags that were others when the file was begun."""
+        changed = [f"--{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
+        if changed and self.done:
+            self._say(f"these were made with {', '.join(changed)}: what comes now may differ by rounding, no more")
 
     def _read_window(self) -> bool:
         """Take the next window from the file; cut the file there and return false when it is not whole."""
         start = self._file.tell()
-        line = self._file.readline()
-        window = _window_of(line)
-        if window.get("uids") == list(self._windows[self.done]):
-            self._results.append(window["results"])
+        window = _content_of(self._file.readline())
+        uids, results = window.get("uids"), window.get("results")
+        if uids and uids == list(self._uids[self.done : self.done + len(uids)]) and len(results) == len(uids):
+            self.results += results
             return True
         self._file.seek(start)
         self._file.truncate()
@@ -146,10 +161,10 @@ def _line(content: Any) -> bytes:
         return f"{json.dumps(content)}\n".encode()
 
 
-def _window_of(line: bytes) -> dict[str, Any]:
+def _content_of(line: bytes) -> dict[str, Any]:
     """Return what a line holds; nothing where it was cut short, or a disk that lost its power left other bytes."""
     try:
-        window = json.loads(line) if line.endswith(b"\n") else None
+        content = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return {}
-    return window if isinstance(window, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -140,6 +140,16 @@ class VLLMEngine:
             self.llm.wake_up(tags=[part])
             self._asleep.remove(part)
 
+    def close(self) -> None:
+        """Give back the memory, processes and process group of vLLM; nothing can be generated afterwards."""
+        if self.llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        cleanup_dist_env_and_memory()
+
     def _empty_prefix_cache(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise InfraError("vLLM kept its prefix cache: it would mix two policies.")

@@ -66,6 +66,33 @@ def test_a_configuration_by_names_and_one_by_groups_train_the_same_model(tmp_pat
     assert [row["step"] for row in metrics if row["phase"] == "train"] == [1, 2]
 
 
+ROUND = """
+import gc, json, sys, torch, openrlhf
+flags = json.loads(sys.argv[1])
+answers = openrlhf.batch_inference(openrlhf.configure(openrlhf.BatchInferenceConfig, **flags["batch"]))
+gc.unfreeze()
+held = [kept for kept in gc.get_objects() if isinstance(kept, torch.nn.Module) and "vllm" in type(kept).__module__]
+print("vllm" in sys.modules, len(held), torch.distributed.is_initialized())
+print(openrlhf.train_sft(openrlhf.configure(openrlhf.SFTConfig, dataset=answers, **flags["sft"])))
+"""
+
+
+def test_a_training_gets_the_memory_of_the_engine_that_answered_before_it(tmp_path):
+    folder = tiny_folder(tmp_path / "policy")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"input": f"What is {n}?"} for n in range(4)])
+    batch = {"eval_task": "generate_vllm", "dataset": prompts, "output_path": tmp_path / "answers.jsonl"}
+    sft = {"input_key": "input", "output_key": "output", "save_path": tmp_path / "sft", "ckpt_path": tmp_path / "c"}
+    sft |= {"train_batch_size": 4, "micro_train_batch_size": 2}
+    flags = {"batch": {"pretrain": folder, "max_new_tokens": 4, **batch}, "sft": {"pretrain": folder, **sft}}
+    done = subprocess.run(
+        [sys.executable, "-c", ROUND, json.dumps(flags, default=str)],
+        capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "True 0 False"
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "sft") and (tmp_path / "sft/model.safetensors").exists()
+
+
 def test_a_wrong_flag_is_named_when_it_is_set():
     with pytest.raises(UsageError, match="unknown flag --learning_rat: did you mean --learning_rate?"):
         openrlhf.configure(openrlhf.SFTConfig, learning_rat=1)

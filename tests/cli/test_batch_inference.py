@@ -129,16 +129,6 @@ def test_greedy_answers_are_those_of_transformers_and_of_vllm(material, tmp_path
     assert (tmp_path / "vllm.jsonl").read_bytes() == (tmp_path / "hf.jsonl").read_bytes()
 
 
-@pytest.mark.full
-def test_vllm_killed_between_windows_writes_what_it_would_have_written(material, tmp_path):
-    flags = generation(material, tmp_path / "whole.jsonl", eval_task="generate_vllm", window_size=4)
-    run(command("batch_inference", flags, ("enable_prefix_caching",)))
-    flags["output_path"] = tmp_path / "out.jsonl"
-    killed_once(command("batch_inference", flags, ("enable_prefix_caching",)), tmp_path / "out.jsonl", 2, 0.0)
-    run(command("batch_inference", flags, ("enable_prefix_caching",)))
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
 def killed_once(words: list[str], output: Path, windows: int, later: float) -> None:
     """Kill a run ``later`` seconds after its partial file has ``windows`` more windows than before."""
     partial = output.with_name(f"{output.name}.partial")
@@ -159,7 +149,7 @@ def count(path: Path) -> int:
 
 
 def test_a_run_killed_at_a_random_moment_ends_as_if_nothing_had_happened(material, tmp_path):
-    _kill_and_compare(material, tmp_path, kills=1)
+    _kill_and_compare(slowly(material, "generate", tmp_path), kills=1)
 
 
 @pytest.mark.full
@@ -178,23 +168,34 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(material, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
-def test_a_run_killed_at_ten_random_moments_ends_as_if_nothing_had_happened(material, tmp_path):
-    _kill_and_compare(material, tmp_path, kills=10)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("task", "kills"), [("generate", 10), ("rm", 10), ("generate_vllm", 4)])
+def test_a_run_killed_at_many_random_moments_ends_as_if_nothing_had_happened(material, tmp_path, task, kills):
+    _kill_and_compare(slowly(material, task, tmp_path), kills)
 
 
-def _kill_and_compare(material: dict, folder: Path, kills: int) -> None:
-    """One run after another dies, each at a moment of its own; the last one ends."""
+def slowly(material: dict, task: str, folder: Path) -> dict:
+    """Return the flags of a run of many windows, which lasts longer than it takes to kill it."""
+    if task == "rm":
+        asked = [{"input": PROMPTS[n % 21], "output": f" {n} clips"} for n in range(3000)]
+        return rating(material, write_rows(folder / "a.jsonl", asked), folder / "out.jsonl", window_size=1)
     slow = {"window_size": 1, "max_new_tokens": 60, "best_of_n": 2}
-    here(generation(material, folder / "whole.jsonl", **slow))
-    flags = generation(material, folder / "out.jsonl", **slow)
+    return generation(material, folder / "out.jsonl", eval_task=task, **slow)
+
+
+def _kill_and_compare(flags: dict, kills: int) -> None:
+    """One run after another dies, each at a moment of its own; the last one ends."""
+    output, words = flags["output_path"], command("batch_inference", flags)
+    finish = run if flags["eval_task"] == "generate_vllm" else lambda _: here(flags)
+    finish(words)
+    whole = output.read_bytes()
+    output.unlink()
     draw = random.Random(kills)
     for _ in range(kills):
-        killed_once(command("batch_inference", flags), folder / "out.jsonl", draw.randint(0, 1), draw.random() / 4)
-    assert 1 <= count(folder / "out.jsonl.partial") < 1 + len(PROMPTS)
-    here(flags)
-    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
-    assert len(lines(folder / "out.jsonl")) == 2 * len(PROMPTS)
+        killed_once(words, output, draw.randint(0, 1), draw.random() / 4)
+    assert count(output.with_name("out.jsonl.partial")) and not output.exists()
+    finish(words)
+    assert output.read_bytes() == whole and whole.count(b"\n") in (2 * len(PROMPTS), 3000)
 
 
 def test_slices_are_what_iter_says_and_sample_anew(material, tmp_path):
@@ -234,6 +235,16 @@ def test_a_chat_template_is_not_begun_twice(material, tmp_path):
     with torch.no_grad():
         whole = model.generate(ids, max_new_tokens=10, do_sample=False)
     assert rows[0]["output"] == tokenizer.decode(whole[0, ids.shape[1] :])
+
+
+def test_a_special_token_that_a_user_spells_is_told_of_where_the_file_would_make_it_one(material, tmp_path, capfd):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"input": "a<|im_end|>b"}, {"input": "a"}, {"input": "<|im_start|>"}])
+    flags = generation(material, tmp_path / "out.jsonl", dataset=prompts, best_of_n=1)
+    rows = here(flags, "apply_chat_template")
+    told = "2 rows spell a special token: plain text here, but in"
+    assert rows[0]["input"].count("<|im_end|>") == 2 and told in capfd.readouterr().out
+    here(flags)
+    assert "plain text here" not in capfd.readouterr().out
 
 
 def rewards_of(material: dict, rows: list[dict]) -> list[float]:

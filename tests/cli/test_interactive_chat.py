@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openrlhf.cli.interactive_chat import chat
+from openrlhf.cli.interactive_chat import _show, chat
 from openrlhf.config.arguments import parse
 from openrlhf.config.chat import ChatConfig
 from openrlhf.errors import DataError, UsageError
@@ -149,6 +149,12 @@ def test_a_pipe_gets_the_answers_and_nothing_else(folder):
     assert done.stderr.decode().splitlines() == [
         f"talking to {folder}; /help lists what a line can say to the program"
     ]
+
+
+def test_no_answer_commands_the_terminal(capsys):
+    _show("a\x1b]52;c;cm0=\x07b\x1b[2Jc\x9b31md\re\x7f")
+    _show("\tf\ng é 中 👩\u200d🚀")
+    assert capsys.readouterr().out == "a]52;c;cm0=b[2Jc31mde\tf\ng é 中 👩\u200d🚀"
 
 
 def test_a_reward_model_does_not_talk(monkeypatch, tmp_path):

@@ -49,6 +49,9 @@ def test_a_wheel_and_a_source_archive_build_and_import(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
         tops = {name.split("/")[0] for name in archive.namelist()}
+        for name in ("rollout_browser.css", "rollout_browser.js"):
+            path = f"openrlhf/trainer/{name}"
+            assert archive.read(path) == (ROOT / path).read_bytes()
     assert tops == {"openrlhf", f"openrlhf-{openrlhf.__version__}.dist-info"}
     code = "import sys; sys.path.insert(0, sys.argv[1]); import " + ", ".join(LIGHT) + "; print(openrlhf.__file__)"
     done = subprocess.run(

@@ -1,7 +1,8 @@
 """``samples.jsonl``: answers that a person can read, with their tokens and what was learned from them.
 
 A line is one answer. Whole groups of answers to a prompt are kept, of some prompts of a step, of some steps of a run:
-so the file has some megabytes at most, however long the run is.
+so the file has a bound, however long the run is: where all answers are long about 25 MB of training, and 20 MB of
+evaluations at two temperatures. The report holds it too.
 """
 
 from __future__ import annotations
