@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def start(folder: Path, head: str, answers_at: int) -> tuple[int, str, list[str]
         try:
             status = process.wait(timeout=120)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # nothing is left behind the script
+                os.killpg(process.pid, signal.SIGKILL)
     return status, (folder / "said").read_text(), (folder / "calls").read_text().splitlines()
 
 
