@@ -137,7 +137,7 @@ def test_what_begins_a_conversation_and_what_ends_a_prompt(folder, monkeypatch, 
         "greedy_sampling": True,
     }
     said, _, _ = talk(monkeypatch, folder, LINES[:1], **flags)
-    assert said == greedy(folder, f"Be short.\nUser: {LINES[0]}\nAssistant: <s>: 4 ") + "\n"
+    assert said == shown(greedy(folder, f"Be short.\nUser: {LINES[0]}\nAssistant: <s>: 4 ")) + "\n"
 
 
 def test_a_pipe_gets_the_answers_and_nothing_else(folder):
