@@ -3,8 +3,10 @@
     python docs/tools/figures.py estimators runs/estimators        -> docs/images/estimators.png
     python docs/tools/figures.py sft runs/quickstart/seed-0/sft_run -> docs/images/sft.png
 
-``estimators`` takes the folder that `quickstart_estimators.sh` fills, with a folder for each seed; any other name is
-that of one run in the table below.
+    python docs/tools/figures.py iterative runs/iterative/seed-0     -> docs/images/iterative.png
+
+``estimators`` takes the folder that `quickstart_estimators.sh` fills, with a folder for each seed, ``iterative`` one
+seed of `quickstart_iterative.sh`; any other name is that of one run in the table below.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from openrlhf.trainer.report import COLOURS, STYLE, draw
-from openrlhf.trainer.report_series import Panel, read_series
+from openrlhf.trainer.report_series import Panel, Series, read_series
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 ANSWERS = 256  # of one rollout of quickstart_estimators.sh
@@ -47,10 +49,36 @@ PANELS = {
 }
 
 
+ITERATIVE = {
+    "Rejection sampling": {"loss, nats a token": ("rejection", "gpt_loss")},
+    "Iterative DPO: pairs in the right order": {"round 0": ("dpo_0", "acc"), "round 1": ("dpo_1", "acc")},
+    "Conditional SFT": {"loss, nats a token": ("csft", "gpt_loss")},
+}
+
+
 def of_run(name: str, run: Path) -> Figure:
     """Return the picture of one run."""
-    series = {one.name: one for one in read_series(run / "metrics.jsonl")}
-    panels = [Panel(title, [series[key] for key in keys if key in series]) for title, keys in PANELS[name].items()]
+    series = _series(run)
+    return _row([Panel(title, [series[key] for key in keys if key in series]) for title, keys in PANELS[name].items()])
+
+
+def of_iterative(seed: Path) -> Figure:
+    """Return what every training of `quickstart_iterative.sh` learned."""
+    return _row(
+        [
+            Panel(
+                title, [_series(seed / f"{run}_run")[key]._replace(name=label) for label, (run, key) in lines.items()]
+            )
+            for title, lines in ITERATIVE.items()
+        ]
+    )
+
+
+def _series(run: Path) -> dict[str, Series]:
+    return {one.name: one for one in read_series(run / "metrics.jsonl")}
+
+
+def _row(panels: list[Panel]) -> Figure:
     figure = Figure(figsize=(4.4 * len(panels), 3.2), facecolor="white")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         draw(panel, axes)
@@ -70,7 +98,7 @@ def of_estimators(folder: Path) -> Figure:
             name = run.name.removesuffix("_run")
             if not run.with_name(f"{name}.done").is_file():
                 continue
-            found = {one.name: one for one in read_series(run / "metrics.jsonl")}[f"eval {key.removeprefix('eval_')}"]
+            found = _series(run)[f"eval {key.removeprefix('eval_')}"]
             label = None if name in told else name
             first = run.parent.name == "seed-0"
             style = {"linewidth": 1.8} if first else {"linewidth": 1, "linestyle": "--"}
@@ -99,7 +127,8 @@ def _accuracy(stretched):
 def main(name: str, folder: str) -> None:
     """Draw the picture ``name``."""
     with matplotlib.rc_context({**STYLE, "savefig.dpi": 100}):
-        figure = of_estimators(Path(folder)) if name == "estimators" else of_run(name, Path(folder))
+        several = {"estimators": of_estimators, "iterative": of_iterative}
+        figure = several[name](Path(folder)) if name in several else of_run(name, Path(folder))
         figure.savefig(IMAGES / f"{name}.png")
     print(IMAGES / f"{name}.png")
 

@@ -77,8 +77,9 @@ print(openrlhf.train_sft(openrlhf.configure(openrlhf.SFTConfig, dataset=answers,
 """
 
 
+@pytest.mark.full
 def test_a_training_gets_the_memory_of_the_engine_that_answered_before_it(tmp_path):
-    folder = tiny_folder(tmp_path / "policy")
+    folder = tiny_folder(tmp_path / "policy", hidden=128)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"input": f"What is {n}?"} for n in range(4)])
     batch = {"eval_task": "generate_vllm", "dataset": prompts, "output_path": tmp_path / "answers.jsonl"}
     sft = {"input_key": "input", "output_key": "output", "save_path": tmp_path / "sft", "ckpt_path": tmp_path / "c"}
@@ -89,7 +90,7 @@ def test_a_training_gets_the_memory_of_the_engine_that_answered_before_it(tmp_pa
         capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "True 0 False"
+    assert "True 0 False" in done.stdout.splitlines()
     assert done.stdout.splitlines()[-1] == str(tmp_path / "sft") and (tmp_path / "sft/model.safetensors").exists()
 
 
