@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from openrlhf.strategy.unpickling import by_value
+
 
 @contextmanager
 def write_after(engine: Any, kept: Callable[[str], bool]) -> Iterator[None]:
@@ -24,7 +26,8 @@ def write_after(engine: Any, kept: Callable[[str], bool]) -> Iterator[None]:
     for state, path in files:
         if isinstance(state.get("module"), dict):
             state["module"] = {name: tensor for name, tensor in state["module"].items() if kept(name)}
-        writer.save(state, path)
+        with by_value():
+            writer.save(state, path)
 
 
 class _Collector:

@@ -53,6 +53,22 @@ def tensors_only(source: Path) -> Iterator[None]:
             os.environ[FORCE] = before
 
 
+@contextmanager
+def by_value() -> Iterator[None]:
+    """Let what is pickled inside the block hold DeepSpeed's stage as its class and value.
+
+    The first releases of Python 3.11 pickle a member of an enumeration as a call of ``getattr``, which `tensors_only`
+    refuses.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
+    try:
+        yield
+    finally:
+        del ZeroStageEnum.__reduce_ex__
+
+
 def _refused(source: Path, error: pickle.UnpicklingError) -> DataError:
     named = re.search(r"GLOBAL (\S+)", str(error))
     return DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from enum import Enum
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def test_no_file_of_deepspeed_runs_code_when_it_is_loaded(tmp_path, stage, bf16)
         torch.load(folder / name, weights_only=False)
         assert file.exists(), "the canary is alive"
     assert FORCE not in os.environ
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_an_early_release_of_python_wrote_is_read_too(tmp_path, stage, monkeypatch):
+    engine = programs.engine_of(programs.strategy_of(zero_stage=stage))
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda member, protocol: (getattr, (type(member), member.name)))
+    engine.save(tmp_path / "whole")
+    monkeypatch.undo()
+    engine.load(tmp_path / "whole")
 
 
 def test_random_states_run_no_code_even_with_right_hashes(tmp_path):
