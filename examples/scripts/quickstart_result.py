@@ -26,7 +26,7 @@ def figures(out: Path, seed: int) -> dict:
         "t06_before": before["true_score_t0.6"],
         "t06_after": after["true_score_t0.6"],
         "rm_pair_accuracy": reward_model[-1]["acc_mean"],
-        "rm_accuracy_on_sft_samples": before["reward_auc_t1"],
+        "rm_accuracy_on_sft_samples": before.get("reward_auc_t1"),
         "sft_eval_loss": [row["eval gpt_loss"] for row in sft],
         "seconds": seconds(out, STAGES),
         "report": str((out / "ppo_run/report.html").resolve()),
@@ -35,14 +35,17 @@ def figures(out: Path, seed: int) -> dict:
 
 def table(result: dict) -> str:
     """Return the figures in lines that a person reads."""
+    told_apart = result["rm_accuracy_on_sft_samples"]
+    samples = "no sample of the SFT policy is right" if told_apart is None else (
+        f"tells a right sample of the SFT policy from a wrong one {told_apart:.1%} of the time"
+    )  # fmt: skip
     return (
         f"exact answers on {result['held_out_prompts']} held-out prompts, seed {result['seed']}\n"
         f"                     after SFT   after PPO\n"
         f"  sampled (T=1)        {result['exact_match_before']:6.1%}      {result['exact_match_after']:6.1%}\n"
         f"  sampled (T=0.6)      {result['t06_before']:6.1%}      {result['t06_after']:6.1%}\n"
         f"  greedy               {result['greedy_before']:6.1%}      {result['greedy_after']:6.1%}\n"
-        f"reward model: {result['rm_pair_accuracy']:.1%} of held-out pairs; tells a right sample of the SFT policy "
-        f"from a wrong one {result['rm_accuracy_on_sft_samples']:.1%} of the time\n"
+        f"reward model: {result['rm_pair_accuracy']:.1%} of held-out pairs; {samples}\n"
         f"seconds: {', '.join(f'{name} {count}' for name, count in result['seconds'].items())}\n"
         f"report:  {result['report']}"
     )

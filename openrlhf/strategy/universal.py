@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from openrlhf.strategy.unpickling import load_tensors, tensors_only
+from openrlhf.strategy.unpickling import by_value, load_tensors, tensors_only
 
 CONVERTIBLE = {"world_size", "zero_stage"}
 WEIGHTS = "zero"
@@ -53,7 +53,7 @@ def convert(source: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with tensors_only(source):
+    with tensors_only(source), by_value():
         ds_to_universal.main(arguments)
         _complete_state(target / WEIGHTS)
     _name_for_all_stages(target)
