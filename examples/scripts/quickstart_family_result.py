@@ -10,8 +10,8 @@ from pathlib import Path
 
 from quickstart_figures import metrics, seconds, tell
 
-STAGES = ("task", "sft", "family_task", "dpo", "kto", "teacher", "kd", "prm")
-TRAINED = ("dpo", "kto", "teacher", "kd", "prm")
+STAGES = ("task", "sft", "family_task", "dpo", "kto", "prm", "teacher", "kd")
+TRAINED = ("dpo", "kto", "prm", "teacher", "kd")
 MEASURED = ("dpo", "kto_pairs", "kto", "kd_before", "kd_after", "prm_before", "prm")
 
 
@@ -21,7 +21,7 @@ def figures(out: Path, seed: int) -> dict:
         "seed": seed,
         "measured": {name: json.loads((out / f"{name}.json").read_text()) for name in MEASURED},
         "steps": {
-            name: metrics(out / f"{name}_run", "train")[-1]["step"] for name in ("dpo", "kto", "teacher", "kd", "prm")
+            name: metrics(out / f"{name}_run", "train")[-1]["step"] for name in ("dpo", "kto", "prm", "teacher", "kd")
         },
         "seconds": seconds(out, STAGES),
     }

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = "--demonstrations 192 --pairs 128 --prompts 256 --held_out 32"
 STAGES = {
     "quickstart": ["task", "sft", "reward_model", "ppo"],
-    "family": ["task", "sft", "family_task", "dpo", "kto", "teacher", "kd", "prm"],
+    "family": ["task", "sft", "family_task", "dpo", "kto", "prm", "teacher", "kd"],
     "estimators": ["task", "sft", "gae", "reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "gspo"],
     "iterative": [
         *("task", "sft", "reward_model", "answers_0", "pairs_0", "dpo_0", "answers_1", "pairs_1", "dpo_1"),
