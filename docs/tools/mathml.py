@@ -21,4 +21,7 @@ def on_page_content(html: str, **_: object) -> str:
 
 def _drawn(found: re.Match[str]) -> str:
     latex = unescape(found.group(2)).strip()[2:-2]
-    return convert(latex, display="inline" if found.group(1) == "span" else "block")
+    drawn = convert(latex, display="inline" if found.group(1) == "span" else "block")
+    if "\\" in drawn:
+        raise ValueError(f"a command of this formula is not known and would be shown as it is written: {latex}")
+    return drawn
