@@ -34,6 +34,8 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+"""Extension of a data file -> its loader in ``datasets``."""
 EVERYTHING = 100_000_000
 TOO_LONG = ("cut", "drop", "error")
 SPELLED = ("text", "token", "error")

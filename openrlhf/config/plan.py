@@ -9,13 +9,12 @@ from math import ceil
 from typing import Any
 
 from openrlhf.config.arguments import to_flat_dict
-from openrlhf.config.groups import BatchConfig
+from openrlhf.config.groups import DATA_FORMATS, BatchConfig
 from openrlhf.config.needs import Pool, need_lines, ppo_roles, supervised_roles
 from openrlhf.config.ppo import PPOConfig
 
 WIDTH = 100
 UNKNOWN = "steps: known once the data is read"
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 MEMORY = "memory of one rank in GiB, estimated"
 IF_ALL = "if every row can be used"
 
@@ -74,7 +73,7 @@ def _supervised_lines(config: Any, ranks: int, rows: int | None) -> list[str]:
 
 def _unknown(spec: str | None) -> str:
     """Return why the steps are not known: a file that is missing may be yet to be made, or mistyped."""
-    files = [name for name in (spec or "").split(",") if name.endswith(DATA_FILES)]
+    files = [name for name in (spec or "").split(",") if name.endswith(tuple(DATA_FORMATS))]
     missing = [name for name in files if not os.path.isfile(name)]
     return f"steps: not known: {missing[0]} is no file here" if missing else UNKNOWN
 

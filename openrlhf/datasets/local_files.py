@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from openrlhf.config.groups import DATA_FORMATS
 from openrlhf.datasets.fields import check_keys, check_row
 from openrlhf.errors import DataError
 
@@ -23,7 +24,6 @@ LINE_LIMIT = 50 * 2**20
 """Bytes of one JSON line. A longer one is a file without line breaks, or not the data that was meant."""
 Item = TypeVar("Item")
 NO_ROWS = "no rows; give a file with at least one"
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 MAGIC = {b"\x1f\x8b": "a gzip file (.gz)", b"PAR1": "a parquet file (.parquet)", b"ARROW1": "an arrow file (.arrow)"}
 NO_DATA = {"dataset_infos.json", "dataset_info.json", "configuration.json", "config.json"}
 """Files that hubs and libraries put beside the data."""
@@ -38,9 +38,9 @@ def format_of(path: Path) -> str | None:
     """Return the loader for a file by its extension (``.gz`` aside), or None when it is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
-        kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        kind = DATA_FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
         return kind if kind in ("json", "csv") else None
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return DATA_FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def split_name(path: Path) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf import device
+from openrlhf.config.groups import DATA_FORMATS
 from openrlhf.datasets.fields import check_keys
-from openrlhf.datasets.local_files import FORMATS, check_file, csv_rows, data_files, files_of_split, format_of, spread
+from openrlhf.datasets.local_files import check_file, csv_rows, data_files, files_of_split, format_of, spread
 from openrlhf.datasets.local_files import some_rows as some_rows_of_file
 from openrlhf.datasets.saved import check_saved, is_saved
 from openrlhf.errors import DataError
@@ -52,7 +53,7 @@ def load_split(
 def is_here(entry: str) -> bool:
     """Return whether an entry means something on this machine, there or not, rather than a data set of a hub."""
     text, _, data_dir = entry.partition("@")
-    a_type = bool(data_dir) and f".{text.removeprefix('.')}" in FORMATS
+    a_type = bool(data_dir) and f".{text.removeprefix('.')}" in DATA_FORMATS
     return a_type or text.startswith((".", "/", "~")) or format_of(Path(text)) is not None or Path(text).exists()
 
 
@@ -82,7 +83,7 @@ def _open_source(entry: str, split: str, flag: str, required: Mapping[str, str])
     if text.startswith((".", "/", "~")):
         _existing(path, flag)
     if path.is_file():
-        kinds = ", ".join(FORMATS)
+        kinds = ", ".join(DATA_FORMATS)
         raise DataError(f"{flag} {path}: not a data file by its name; give it one of the extensions {kinds}")
     if not path.exists() and not (data_dir and Path(data_dir).expanduser().is_dir()):
         _check_hub(text, f"{flag} {entry}")
@@ -95,7 +96,7 @@ def _local_files(entry: str, split: str, flag: str) -> tuple[str, list[Path], li
     A folder with files of one split gives these, whatever the split is called.
     """
     text, _, data_dir = entry.partition("@")
-    kind = FORMATS.get(f".{text.removeprefix('.')}") if data_dir else None
+    kind = DATA_FORMATS.get(f".{text.removeprefix('.')}") if data_dir else None
     if kind:
         return _files_in(_existing(Path(data_dir).expanduser(), flag), kind, split)
     path = _folder(text, data_dir)

@@ -15,7 +15,7 @@ from openrlhf.datasets.answers import Answer, AnswerDataset
 from openrlhf.datasets.batch import pad_rows
 from openrlhf.datasets.blending import load_mixture, recognised, required_keys
 from openrlhf.errors import NumericError
-from openrlhf.inference.processors import processed
+from openrlhf.inference.processors import normalized, processed
 from openrlhf.models.loading import load_value_model
 from openrlhf.models.suitability import check_reward_model
 from openrlhf.models.tokenizer import load_tokenizer
@@ -105,9 +105,9 @@ class Rating:
         said = f"{len(results):,} rewards: mean {mean:.4f}, standard deviation {spread:.4f}"
         if self.config.processor != CONDITIONAL_SFT:
             return said
-        edges = min(results), max(results)
-        low, high = ((edge - mean) / spread for edge in edges) if self.config.normalize_reward else edges
-        return f"{said}; told as {low:.2f} to {high:.2f}, so ask for one of these (--csft_prompt)"
+        rated = [{"reward": reward} for reward in results]
+        told = [row["reward"] for row in (normalized(rated) if self.config.normalize_reward else rated)]
+        return f"{said}; told as {min(told):.2f} to {max(told):.2f}, so ask for one of these (--csft_prompt)"
 
     def _rewards(self, rows: Sequence[Answer]) -> list[float]:
         sequences, mask = pad_rows([list(row.token_ids) for row in rows], self.tokenizer.pad_token_id)

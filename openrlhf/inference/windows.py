@@ -134,7 +134,8 @@ class WindowFile:
         start = self._file.tell()
         window = _content_of(self._file.readline())
         uids, results = window.get("uids"), window.get("results")
-        if uids and uids == list(self._uids[self.done : self.done + len(uids)]) and len(results) == len(uids):
+        whole = isinstance(uids, list) and isinstance(results, list) and 0 < len(uids) == len(results)
+        if whole and uids == list(self._uids[self.done : self.done + len(uids)]):
             self.results += results
             return True
         self._file.seek(start)

@@ -1,7 +1,8 @@
-"""Reading files that DeepSpeed pickled without running what a stranger may have pickled into them.
+"""Files that DeepSpeed pickles, written and read so that nobody's code runs with them.
 
 DeepSpeed reads its checkpoints with ``torch.load(weights_only=False)``, which runs code that the file names. Inside
-`tensors_only` torch refuses everything but tensors, plain values and the classes of DeepSpeed's own files.
+`tensors_only` torch refuses everything but tensors, plain values and the classes of DeepSpeed's own files; `by_value`
+lets any Python write them so.
 """
 
 from __future__ import annotations

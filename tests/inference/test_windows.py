@@ -65,7 +65,8 @@ def test_a_window_of_other_bytes_and_what_is_behind_it_are_done_again(tmp_path):
     finish(tmp_path / "out.jsonl", most=2)
     partial = tmp_path / "out.jsonl.partial"
     header, first, second = partial.read_bytes().splitlines(keepends=True)
-    for damaged in (b"\0" * 9 + b"\n", b"[1]\n", second, first.replace(b'"a', b'0, "a')):
+    nothing = b'{"uids": ["0"], "results": null}\n'
+    for damaged in (b"\0" * 9 + b"\n", b"[1]\n", second, first.replace(b'"a', b'0, "a'), nothing):
         partial.write_bytes(header + damaged + second)
         finish(tmp_path / "out.jsonl")
         assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
