@@ -28,7 +28,9 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
 }
 OWN_TOKEN = secrets.token_hex(32)
-WITHOUT_DASHBOARD = {
+OF_OUR_OWN = {
+    # A process that hangs does not hear Ray ask it to end; a new one gets its place when it was killed.
+    "RAY_kill_worker_timeout_milliseconds": "500",
     # The history of every task makes the head of the cluster grow with the run, and nobody here reads it.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
@@ -138,7 +140,7 @@ def _join() -> bool:
 
 def _start(slots: int) -> None:
     """Start a cluster of this machine alone: it listens on the loopback, and its processes inherit its key only."""
-    for name, value in WITHOUT_DASHBOARD.items():
+    for name, value in OF_OUR_OWN.items():
         os.environ.setdefault(name, value)
     if not any(name in os.environ for name in TOKEN):
         # Without one Ray leaves a token in the home folder, and every cluster started there later asks for it.
