@@ -19,6 +19,7 @@ one thread beside the event loop, so that the server answers while the model wor
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import json
 import math
@@ -191,6 +192,11 @@ def web_server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
 def serve(app: FastAPI, place: socket.socket, limits: Limits | None = None) -> None:
     """Answer requests on ``place`` until SIGTERM or SIGINT; requests that are being answered are answered."""
     sys.setswitchinterval(SWITCH_S)
-    # uvicorn stops in order and then raises the signal once more, for whoever answered it before.
-    with suppress(KeyboardInterrupt):
+    # What is loaded by now stays: to look through it for garbage would stop all answers for a quarter of a second.
+    gc.freeze()
+    try:
         web_server(app, limits).run(sockets=[place])
+    except KeyboardInterrupt:
+        pass  # uvicorn stops in order and then raises the signal once more, for whoever answered it before
+    finally:
+        gc.unfreeze()
