@@ -24,7 +24,6 @@ import hmac
 import json
 import math
 import socket
-import sys
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -35,9 +34,6 @@ from fastapi.responses import JSONResponse
 from openrlhf.errors import InfraError
 from openrlhf.rollout.reward_batcher import Batcher, Limits, Refused, Score
 
-SWITCH_S = 0.0005
-"""How long the model's thread may keep the interpreter from the event loop; python's own 5 ms, several times for each
-of many requests, is what a probe of the server's health would wait."""
 GOODBYE_S = 5
 """How long requests that are being answered have when the server is stopped."""
 DRAINED = 8
@@ -191,7 +187,6 @@ def web_server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
 
 def serve(app: FastAPI, place: socket.socket, limits: Limits | None = None) -> None:
     """Answer requests on ``place`` until SIGTERM or SIGINT; requests that are being answered are answered."""
-    sys.setswitchinterval(SWITCH_S)
     # What is loaded by now stays: to look through it for garbage would stop all answers for a quarter of a second.
     gc.freeze()
     try:
