@@ -20,9 +20,7 @@ def figures(out: Path, seed: int) -> dict:
     return {
         "seed": seed,
         "measured": {name: json.loads((out / f"{name}.json").read_text()) for name in MEASURED},
-        "steps": {
-            name: metrics(out / f"{name}_run", "train")[-1]["step"] for name in ("dpo", "kto", "prm", "teacher", "kd")
-        },
+        "steps": {name: metrics(out / f"{name}_run", "train")[-1]["step"] for name in TRAINED},
         "seconds": seconds(out, STAGES),
     }
 

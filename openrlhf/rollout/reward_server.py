@@ -188,6 +188,7 @@ def web_server(app: FastAPI, limits: Limits | None = None) -> uvicorn.Server:
 def serve(app: FastAPI, place: socket.socket, limits: Limits | None = None) -> None:
     """Answer requests on ``place`` until SIGTERM or SIGINT; requests that are being answered are answered."""
     # What is loaded by now stays: to look through it for garbage would stop all answers for a quarter of a second.
+    # Thawed at the end, else libraries that count their objects call it leaked.
     gc.freeze()
     try:
         web_server(app, limits).run(sockets=[place])
